@@ -1,0 +1,16 @@
+"""Compiler-style graph rewriting for PyTorch models: raise, rewrite, lower."""
+
+from pathlib import Path as _Path
+
+__version__ = "0.1.0"
+
+# `passes`, `patterns`, `lowering` and `kernels` are relative links to the folders at the top of the repository (wheels
+# and sdists hold real folders). A clone without symbolic links has small text files there, and imports would fail
+# obscurely.
+_absent = [n for n in ("kernels", "lowering", "passes", "patterns") if not (_Path(__file__).parent / n).is_dir()]
+if _absent:
+    raise ImportError(
+        f"recast needs the folders {', '.join(_absent)} beside {__file__}, but found no folders there. "
+        "This is a git clone made without symbolic links. Clone again with `git clone -c core.symlinks=true URL` "
+        "(on Windows: with developer mode on), or install a wheel."
+    )
