@@ -1,0 +1,113 @@
+"""Canonicalisation: remove what carries no meaning, in place, exactly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+if TYPE_CHECKING:
+    from recast.patterns.program import Program
+
+__all__ = ["canonicalise"]
+
+aten = torch.ops.aten
+
+_ASSERTIONS = {aten._assert_tensor_metadata.default}
+_ALIASES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.detach_.default}
+_DROPOUT = {aten.dropout.default: 2, aten.native_dropout.default: 2, aten.feature_dropout.default: 2}
+
+
+def canonicalise(program: Program) -> None:
+    """Inline gradient-mode regions; drop assertions, aliases, no-op casts and eval-mode dropout; remove dead code."""
+    inline_regions(program)
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _ASSERTIONS:
+            graph.erase_node(node)
+        elif (source := _identity(node)) is not None:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure_node=_impure)
+    graph.lint()
+    program.module.recompile()
+
+
+def _impure(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or (node.op == "call_function" and "_assert" in str(node.target))
+
+
+def _identity(node: fx.Node) -> fx.Node | None:
+    """The node this one only repeats, or None."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if node.target in _ALIASES:
+        return source
+    if node.target is aten.dropout.default and node.args[2] is False:
+        return source
+    if node.target is aten._to_copy.default or node.target is aten.to.dtype:
+        return source if _same_type(node, source) else None
+    return None
+
+
+def _same_type(node: fx.Node, source: fx.Node) -> bool:
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    if node.kwargs.get("memory_format") not in (None, torch.preserve_format):
+        return False
+    return before.dtype == after.dtype and before.device == after.device and before.layout == after.layout
+
+
+def inline_regions(program: Program) -> None:
+    """Replace gradient-mode and disabled-autocast regions by their contents; values do not depend on either."""
+    changed = True
+    while changed:
+        changed = False
+        for node in list(program.graph.nodes):
+            body = _region(node, program)
+            if body is not None:
+                _inline(node, body[0], list(body[1]), program)
+                changed = True
+    program.module.delete_all_unused_submodules()
+
+
+def _region(node: fx.Node, program: Program) -> tuple[fx.GraphModule, Any] | None:
+    if node.op != "call_function":
+        return None
+    name = getattr(node.target, "__name__", "")
+    if name == "wrap_with_set_grad_enabled":
+        position = 1
+    elif name == "wrap_with_autocast" and node.args[2] is False:
+        position = 4
+    else:
+        return None
+    body = node.args[position]
+    assert isinstance(body, fx.Node)
+    module = getattr(program.module, str(body.target))
+    return module, node.args[position + 1 :]
+
+
+def _inline(node: fx.Node, body: fx.GraphModule, operands: list[Any], program: Program) -> None:
+    graph = program.graph
+    environment: dict[fx.Node, Any] = {}
+    inputs = iter(operands)
+    with graph.inserting_before(node):
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                environment[inner] = next(inputs)
+            elif inner.op == "output":
+                results = fx.node.map_arg(inner.args[0], lambda n: environment[n])
+            else:
+                environment[inner] = graph.node_copy(inner, lambda n: environment[n])
+    if isinstance(results, list | tuple):
+        for user in list(node.users):  # each user is operator.getitem(node, i)
+            user.replace_all_uses_with(results[int(user.args[1])])  # type: ignore[arg-type]
+            graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(results)
+    graph.erase_node(node)

@@ -1,0 +1,262 @@
+"""Capture through `torch.export`: one functional ATen graph with dynamic batch and sequence."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.utils import _pytree as pytree
+
+from recast.patterns.capture.canonical import canonicalise
+from recast.patterns.errors import CaptureError
+from recast.patterns.program import Interface, Program, set_by_path
+
+__all__ = ["capture", "from_exported"]
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """Capture a model as a `Program`.
+
+    Parameters
+    ----------
+    model
+        Any `torch.nn.Module` that `torch.export` can trace (``strict=False``).
+    args, kwargs
+        Example inputs: tensors, or nested tuples, lists, dicts of tensors; flags and ``None`` are kept as constants.
+    dynamic_shapes
+        As `torch.export.export` takes it. By default every batch and sequence dimension that can vary is left free
+        (an example batch of 1 is doubled for tracing, since `torch.export` would fix a size of 1).
+
+    Returns
+    -------
+    Program
+        Runs like the model; weights are shared with the model, not copied.
+
+    Raises
+    ------
+    CaptureError
+        The model cannot be traced as one graph; the message says which operation, where, and what to try.
+
+    Examples
+    --------
+    >>> import torch
+    >>> program = capture(torch.nn.Linear(8, 4).eval(), (torch.randn(3, 8),))
+    >>> program(torch.randn(7, 8)).shape
+    torch.Size([7, 4])
+    """
+    if isinstance(args, Tensor) or not isinstance(args, tuple | list):
+        args = (args,)
+    args, kwargs = tuple(args), dict(kwargs or {})
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"capture: a torch.nn.Module is needed, {type(model).__name__} was given; wrap the function in a module")
+    exported, notes = _export(model, args, kwargs, dynamic_shapes)
+    return from_exported(exported, model, args, kwargs, notes)
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> tuple[torch.export.ExportedProgram, list[str]]:
+    attempts: list[tuple[tuple[Any, ...], dict[str, Any], Any, str | None]] = []
+    if dynamic_shapes is None:
+        wide_args, wide_kwargs = _double_single_batch((args, kwargs))
+        attempts.append((wide_args, wide_kwargs, _automatic(model, wide_args, wide_kwargs), None))
+        fixed = "captured with the example's shapes only: a dynamic batch or sequence could not be traced"
+        attempts.append((args, kwargs, None, fixed))
+    else:
+        attempts.append((args, kwargs, dynamic_shapes, None))
+    failure: Exception | None = None
+    same_batch = model.register_forward_pre_hook(_check_batches, with_kwargs=True) if dynamic_shapes is None else None
+    try:
+        return _first_that_works(model, attempts)
+    finally:
+        if same_batch is not None:
+            same_batch.remove()
+
+
+def _check_batches(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the tracer that inputs which share their first size in the example always do: one batch symbol, not several."""
+    first: dict[int, Any] = {}
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.ndim > 0:
+            size = leaf.shape[0]
+            hint = size.node.hint if isinstance(size, torch.SymInt) else size
+            if hint in first:
+                torch._check(size == first[hint])
+            first.setdefault(hint, size)
+
+
+def _first_that_works(
+    model: nn.Module, attempts: list[tuple[tuple[Any, ...], dict[str, Any], Any, str | None]]
+) -> tuple[torch.export.ExportedProgram, list[str]]:
+    failure: Exception | None = None
+    for example_args, example_kwargs, shapes, note in attempts:
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch.export's own deprecations are not the caller's
+                exported = torch.export.export(
+                    model, example_args, example_kwargs, dynamic_shapes=shapes, strict=False
+                ).run_decompositions({})
+            return exported, [note] if note else []
+        except Exception as error:  # torch raises dozens of classes here; all mean the same to the caller
+            failure = failure or error
+    raise CaptureError(_explain(model, failure)) from failure
+
+
+def _automatic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Leave free what may vary: all but the last (feature) dimension of float inputs, all dimensions of integer ones."""
+
+    def free(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            return None
+        last = leaf.ndim - 1 if leaf.is_floating_point() and leaf.ndim > 1 else leaf.ndim
+        dims = range(1) if leaf.is_floating_point() and leaf.ndim == 4 and leaf.shape[1] != 1 else range(last)
+        return {d: torch.export.Dim.AUTO for d in dims}
+
+    tree = pytree.tree_map(free, (args, kwargs))
+    names = _names(model, len(args))
+    return {**dict(zip(names, tree[0], strict=False)), **tree[1]} if not _variadic(model) else None
+
+
+def _variadic(model: nn.Module) -> bool:
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    return inspect.Parameter.VAR_POSITIONAL in kinds
+
+
+def _names(model: nn.Module, count: int) -> tuple[str, ...]:
+    names = [n for n, p in inspect.signature(model.forward).parameters.items() if p.kind in _POSITIONAL]
+    return tuple(names[:count]) if count <= len(names) else tuple(f"arg{i}" for i in range(count))
+
+
+def _double_single_batch(tree: Any) -> Any:
+    """Repeat a batch of one, if all inputs have one: sizes of 1 are otherwise fixed by tracing."""
+    tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    if not tensors or any(t.shape[0] != 1 for t in tensors):
+        return tree
+    return pytree.tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim > 0 else t, tree)
+
+
+def _explain(model: nn.Module, failure: Exception | None) -> str:
+    text = str(failure)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(failure).__name__)
+    where = next((line.strip() for line in text.splitlines() if "File " in line and "site-packages/torch" not in line), "")
+    if not where and failure is not None:
+        frames = inspect.getinnerframes(failure.__traceback__) if failure.__traceback__ else []
+        own = [f for f in frames if "/torch/" not in f.filename and not f.filename.endswith("capture/export.py")]
+        where = f'File "{own[-1].filename}", line {own[-1].lineno}, in {own[-1].function}' if own else ""
+    return (
+        f"capture: {type(model).__name__} cannot be traced as one graph: {first}"
+        + (f" (at {where})" if where else "")
+        + "; remove data-dependent Python control flow from forward, pass dynamic_shapes explicitly, or use "
+        'torch.compile(model, backend="recast"), which rewrites each graph between breaks'
+    )
+
+
+def from_exported(
+    exported: torch.export.ExportedProgram,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    notes: list[str] | None = None,
+) -> Program:
+    """Turn an `ExportedProgram` into a `Program`: weights become ``get_attr`` by original name, tied ones share one."""
+    signature = exported.graph_signature
+    tensors: dict[str, Any] = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
+    root, graph = nn.Module(), fx.Graph()
+    first_by_identity: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        first = first_by_identity.setdefault(id(tensor), name)
+        if first != name:
+            aliases[name] = first
+    attributes: dict[str, fx.Node] = {}
+    environment: dict[fx.Node, fx.Node] = {}
+    constants: dict[int, Any] = {}
+    position = 0
+    for node in exported.graph.nodes:
+        if node.op != "placeholder":
+            if node.op == "output":
+                continue
+            environment[node] = graph.node_copy(node, lambda n: environment[n])
+            if node.op == "get_attr":
+                set_by_path(root, str(node.target), getattr(exported.graph_module, str(node.target)))
+            continue
+        spec = specs[node.name]
+        if spec.kind == InputKind.USER_INPUT:
+            environment[node] = graph.node_copy(node)
+            if isinstance(spec.arg, ConstantArgument):
+                constants[position] = spec.arg.value
+            position += 1
+            continue
+        if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) or spec.target is None:
+            raise CaptureError(
+                f"capture: {type(model).__name__} holds '{spec.target}' of kind {spec.kind.name}, which is not a tensor; "
+                "move it out of forward or turn it into a buffer"
+            )
+        target = aliases.get(spec.target, spec.target)
+        if target not in attributes:
+            value = tensors.get(target)
+            if value is None:
+                value = exported.constants.get(target, exported.state_dict.get(target))
+            set_by_path(root, target, value)
+            attributes[target] = graph.get_attr(target)
+            attributes[target].meta = dict(node.meta)
+        environment[node] = attributes[target]
+    _output(exported, graph, environment)
+    module = fx.GraphModule(root, graph, "Program")
+    program = Program(
+        module=module,
+        interface=Interface(
+            parameters=_forward_names(model),
+            args=_names(model, len(args)),
+            kwargs=tuple(exported.call_spec.in_spec.child(1).context or ()),
+            in_spec=exported.call_spec.in_spec,
+            out_spec=exported.call_spec.out_spec,
+            constants=constants,
+            mutations=_mutations(exported, aliases),
+        ),
+        aliases=aliases,
+        door="export",
+        training=model.training,
+        label=type(model).__name__,
+        notes=list(notes or []),
+    )
+    canonicalise(program)
+    return program
+
+
+def _forward_names(model: nn.Module) -> tuple[str, ...]:
+    return () if _variadic(model) else tuple(
+        name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in _POSITIONAL
+    )
+
+
+def _output(exported: torch.export.ExportedProgram, graph: fx.Graph, environment: dict[fx.Node, fx.Node]) -> None:
+    output = next(iter(exported.graph.find_nodes(op="output")))
+    results = [environment[a] if isinstance(a, fx.Node) else a for a in output.args[0]]
+    copied = graph.output(tuple(results))
+    copied.meta = dict(output.meta)
+
+
+def _mutations(exported: torch.export.ExportedProgram, aliases: dict[str, str]) -> tuple[tuple[int, str, str], ...]:
+    found = []
+    for position, spec in enumerate(exported.graph_signature.output_specs):
+        if spec.kind == OutputKind.BUFFER_MUTATION:
+            found.append((position, "weight", aliases.get(str(spec.target), str(spec.target))))
+        elif spec.kind == OutputKind.USER_INPUT_MUTATION:
+            found.append((position, "input", str(spec.target)))
+        elif spec.kind != OutputKind.USER_OUTPUT or not isinstance(spec.arg, TensorArgument | ConstantArgument):
+            if spec.kind != OutputKind.USER_OUTPUT:
+                raise CaptureError(f"capture: an output of kind {spec.kind.name} ('{spec.target}') is not supported")
+    return tuple(found)

@@ -1,0 +1,59 @@
+"""Which values of a graph are constant: functions of weights alone, reached through views, transposes and casts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from recast.patterns.program import Program, get_by_path
+
+__all__ = ["Constants"]
+
+
+class Constants:
+    """The constant values of a program.
+
+    A value is constant if it is a weight that the program does not write to, or a pure function of constants only. Random
+    operations and operations that write to their inputs are never constant.
+
+    Parameters
+    ----------
+    program
+        The program looked at; it must not change while this object is in use.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        written = {name for _, kind, name in program.interface.mutations if kind == "weight"}
+        self.sources: dict[fx.Node, tuple[str, ...]] = {}
+        self._values: dict[fx.Node, Any] = {}
+        for node in program.graph.nodes:
+            if node.op == "get_attr":
+                if node.target not in written and isinstance(get_by_path(program.module, node.target), Tensor):
+                    self.sources[node] = (node.target,)
+            elif node.op == "call_function" and node.all_input_nodes and _pure(node):
+                if all(n in self.sources for n in node.all_input_nodes):
+                    names = [name for n in node.all_input_nodes for name in self.sources[n]]
+                    self.sources[node] = tuple(dict.fromkeys(names))
+
+    def __contains__(self, node: object) -> bool:
+        return node in self.sources
+
+    def value(self, node: fx.Node) -> Any:
+        """Compute a constant; views stay views of the weight."""
+        if node.op == "get_attr":
+            return get_by_path(self.program.module, str(node.target))
+        if node not in self._values:
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.value)
+            with torch.no_grad():
+                self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self._values[node]
+
+
+def _pure(node: fx.Node) -> bool:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+    return getattr(target, "__module__", "") == "_operator"

@@ -1,0 +1,134 @@
+"""`find` and `coverage`: the sites of a program, what share of it they are, and why everything else is none."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+
+from recast.patterns.constants import Constants
+from recast.patterns.linear.find import find_linear, product_flops
+from recast.patterns.linear.spellings import is_matrix
+from recast.patterns.program import Program
+from recast.patterns.sites import Mismatch, Site, source_line
+
+__all__ = ["Coverage", "coverage", "find"]
+
+aten = torch.ops.aten
+
+_LOOKUPS = {
+    aten.embedding.default: "looked up by row (an embedding), not multiplied",
+    aten.index.Tensor: "looked up by index, not multiplied",
+    aten.index_select.default: "looked up by index, not multiplied",
+    aten.gather.default: "looked up by index, not multiplied",
+}
+_ELEMENTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.stack.default}
+
+
+def find(program: Program) -> list[Site]:
+    """Every place of a program worth rewriting, in graph order.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from recast.patterns.capture.export import capture
+    >>> program = capture(torch.nn.Sequential(torch.nn.Linear(8, 4)).eval(), (torch.randn(3, 8),))
+    >>> [(site.kind, site.name, site.shape) for site in find(program)]
+    [('linear', '0', (4, 8))]
+    """
+    sites, _ = find_linear(program)
+    return list(sites)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """What share of a program's matrices was matched, and every miss with its reason.
+
+    Parameters
+    ----------
+    parameters_total, parameters_matched
+        Elements of all matrices that the model multiplies by (tables that are only looked up or added are listed among the
+        misses but not counted), and of those that belong to a site.
+    flops_total, flops_matched
+        Floating point operations of all matrix products at the captured example's shapes, and of those at sites.
+    sites
+        Sites found.
+    misses
+        Everything else that is a matrix or a product, with the reason.
+    """
+
+    parameters_total: int
+    parameters_matched: int
+    flops_total: int
+    flops_matched: int
+    sites: tuple[Site, ...]
+    misses: tuple[Mismatch, ...]
+
+    @property
+    def fraction(self) -> float:
+        """Matched share of the matrix parameters; 1 for a model without matrices."""
+        return self.parameters_matched / self.parameters_total if self.parameters_total else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form (see the design's interface)."""
+        kinds: dict[str, int] = {"linear": 0, "attention": 0, "moe": 0, "norm": 0}
+        for site in self.sites:
+            kinds[site.kind] = kinds.get(site.kind, 0) + 1
+        return {
+            "parameters": {"total": self.parameters_total, "matched": self.parameters_matched},
+            "flops": {"total": self.flops_total, "matched": self.flops_matched},
+            "sites": kinds,
+            "misses": [miss.to_dict() for miss in self.misses],
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.sites)} sites; parameters {self.parameters_matched:,} of {self.parameters_total:,} "
+            f"({self.fraction:.1%}); FLOPs {self.flops_matched:,} of {self.flops_total:,}"
+        ]
+        lines += [f"  miss {m.name} ({m.kind}, {m.parameters:,} parameters): {m.reason}" for m in self.misses]
+        return "\n".join(lines)
+
+
+def coverage(program: Program) -> Coverage:
+    """Measure how much of a program `find` reaches; see `Coverage`."""
+    constants = Constants(program)
+    sites, mismatches = find_linear(program, constants)
+    weights = program.weights
+    matched = {name for site in sites for name in site.weights}
+    misses = list(mismatches)
+    counted = {m.name for m in misses if m.parameters}
+    total = sum(weights[name].numel() for name in matched | counted if is_matrix(weights[name]) or name in matched)
+    for name, weight in weights.items():
+        if name in matched or name in counted or not is_matrix(weight):
+            continue
+        miss, multiplied = _other_use(name, program, constants)
+        misses.append(miss)
+        total += weight.numel() if multiplied else 0
+    owned = sum(weights[name].numel() for name in matched)
+    flops = sum(product_flops(node) for node in program.graph.nodes if node not in constants)
+    return Coverage(total, owned, flops, sum(site.flops for site in sites), tuple(sites), tuple(misses))
+
+
+def _other_use(name: str, program: Program, constants: Constants) -> tuple[Mismatch, bool]:
+    """Say what a matrix that no product touches is used for, and whether that counts as multiplying."""
+    users: list[fx.Node] = []
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node not in constants:
+            users += [node] * any(name in constants.sources.get(n, ()) for n in node.all_input_nodes)
+    kinds = {node.target for node in users}
+    numel = program.weights[name].numel()
+    node = users[0] if users else None
+    where, label = (source_line(node), node.name) if node else ("", "")
+    if kinds and kinds <= set(_LOOKUPS):
+        return Mismatch(name, "embedding", numel, _LOOKUPS[next(iter(kinds))], label, where), False
+    if kinds and kinds <= _ELEMENTWISE | set(_LOOKUPS):
+        return Mismatch(name, "table", numel, "added to or joined with activations, not multiplied", label, where), False
+    if not users:
+        written = [i for i, kind, n in program.interface.mutations if n == name]
+        reason = "written by the model (a cache), not constant" if written else "not used to compute the outputs"
+        return Mismatch(name, "buffer", numel, reason), False
+    names = ", ".join(sorted({str(k) for k in kinds}))
+    return Mismatch(name, "other", numel, f"used by {names}, which is not a matrix product known here", label, where), True

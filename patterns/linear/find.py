@@ -1,0 +1,204 @@
+"""Find every product with a constant matrix, grouped into sites by matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from recast.patterns.constants import Constants
+from recast.patterns.linear.packing import packed_parts, size_hint
+from recast.patterns.linear.spellings import spell
+from recast.patterns.program import Program
+from recast.patterns.sites import LinearSite, Mismatch, Use, source_line
+
+__all__ = ["find_linear", "matrix_of", "product_flops"]
+
+aten = torch.ops.aten
+
+
+def find_linear(program: Program, constants: Constants | None = None) -> tuple[list[LinearSite], list[Mismatch]]:
+    """Find linear sites, and products that are none with the reason.
+
+    Returns
+    -------
+    sites
+        One for each distinct matrix, in graph order, with all its uses.
+    mismatches
+        One for each product of activations, or with a weight in a form that cannot be rewritten.
+    """
+    constants = constants or Constants(program)
+    grouped: dict[Any, list[Use]] = {}
+    missed: list[Mismatch] = []
+    for node in program.graph.nodes:
+        found = spell(node, constants)
+        if isinstance(found, Use):
+            for use in _single_matrices(_with_following_bias(found, constants)):
+                grouped.setdefault(_identity(use, constants), []).append(use)
+        elif found is not None:
+            missed.append(_mismatch(node, found, constants, program))
+    names: dict[str, int] = {}
+    sites = [_site(uses, constants, names) for uses in grouped.values()]
+    return _mark_tied(sites, program, constants), missed
+
+
+def matrix_of(use: Use, constants: Constants) -> Tensor:
+    """The matrix of a use as ``(out_features, in_features)``, a view of the weight where that is possible."""
+    contraction = use.contraction
+    value = constants.value(use.weight).detach().reshape(use.weight_shape).permute(contraction.matrix_order())
+    sizes = dict(zip(contraction.w, use.weight_shape, strict=True))
+    out_features = math.prod(sizes[d] for d in contraction.outputs)
+    in_features = math.prod(sizes[d] for d in contraction.inputs)
+    matrices: Tensor = value.reshape(-1, out_features, in_features)
+    return matrices[use.index or 0]
+
+
+def product_flops(node: fx.Node) -> int:
+    """Floating point operations of a product at the captured example's shapes; 0 for other nodes."""
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, Tensor):
+        return 0
+    out = math.prod(size_hint(s) for s in value.shape)
+    shapes = [
+        [size_hint(s) for s in n.meta["val"].shape]
+        for n in node.all_input_nodes
+        if isinstance(n.meta.get("val"), Tensor)
+    ]
+    target = node.target
+    if target is aten.scaled_dot_product_attention.default:
+        q, k, v = shapes[:3]
+        return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+    if target in (aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.mv.default):
+        return 2 * out * shapes[0][-1]
+    if target in (aten.addmm.default, aten.baddbmm.default):
+        return 2 * out * shapes[1][-1]
+    if target is aten.einsum.default:
+        equation = str(node.args[0]).replace(" ", "")
+        if "..." in equation:
+            return 2 * out * shapes[0][-1]
+        terms = equation.partition("->")[0].split(",")
+        sizes = {d: s for t, shape in zip(terms, shapes, strict=False) for d, s in zip(t, shape, strict=False)}
+        return 2 * math.prod(sizes.values())
+    if "conv" in str(target):
+        return 2 * out * math.prod(shapes[1][1:])
+    return 0
+
+
+def _with_following_bias(use: Use, constants: Constants) -> Use:
+    """Take in an addition of a constant vector that follows: ``mm + add`` is a linear with bias."""
+    if use.bias is not None or use.addend is not None or len(use.node.users) != 1:
+        return use
+    (follower,) = use.node.users
+    if follower.target is not aten.add.Tensor or follower.kwargs.get("alpha", 1) != 1:
+        return use
+    left, right = follower.args[0], follower.args[1]
+    other = right if left is use.node else left
+    outputs = use.contraction.outputs
+    if other not in constants or not isinstance(other, fx.Node) or len(outputs) != 1 or use.contraction.y[-1] != outputs:
+        return use
+    same_type = follower.meta["val"].dtype == use.node.meta["val"].dtype
+    if other.meta["val"].shape != (use.node.meta["val"].shape[-1],) or not same_type:
+        return use
+    return dataclasses.replace(use, node=follower, bias=other)
+
+
+def _single_matrices(use: Use) -> list[Use]:
+    batch = use.contraction.batch
+    if not batch:
+        return [use]
+    sizes = dict(zip(use.contraction.w, use.weight_shape, strict=True))
+    count = math.prod(sizes[d] for d in batch)
+    return [dataclasses.replace(use, index=i) for i in range(count)]
+
+
+def _identity(use: Use, constants: Constants) -> Any:
+    """Equal for uses of the same matrix: by memory for views of a weight, by expression for casts and sums."""
+    matrix = matrix_of(use, constants)
+    source = constants.value(next(n for n in _weights(use.weight)))
+    if isinstance(source, Tensor) and matrix.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
+        return source.untyped_storage().data_ptr(), matrix.storage_offset(), tuple(matrix.shape), matrix.stride(), matrix.dtype
+    return _expression(use.weight), use.contraction.matrix_order().__repr__(), use.index
+
+
+def _weights(node: fx.Node) -> list[fx.Node]:
+    if node.op == "get_attr":
+        return [node]
+    return [w for n in node.all_input_nodes for w in _weights(n)]
+
+
+def _expression(node: fx.Node) -> str:
+    if node.op == "get_attr":
+        return str(node.target)
+    arguments = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _expression(n))
+    return f"{node.target}{arguments}"
+
+
+def _site(uses: list[Use], constants: Constants, names: dict[str, int]) -> LinearSite:
+    first = uses[0]
+    weights = constants.sources[first.weight]
+    matrix = matrix_of(first, constants)
+    name = weights[0].removesuffix(".weight") if weights[0] != "weight" else "weight"
+    if first.index is not None:
+        name = f"{name}.{first.index}"
+    names[name] = names.get(name, 0) + 1
+    if names[name] > 1:  # the same parameter used as another matrix, a transpose for instance
+        name = f"{name}#{names[name]}"
+    flops = sum(product_flops(u.product) // _matrices(u) for u in uses)
+    return LinearSite(
+        name=name,
+        weights=weights,
+        out_features=matrix.shape[0],
+        in_features=matrix.shape[1],
+        dtype=matrix.dtype,
+        uses=tuple(uses),
+        spelling=str(getattr(first.product.target, "_opname", first.product.target)),
+        parts=_common_parts(uses, name),
+        flops=flops,
+        where=source_line(first.product),
+    )
+
+
+def _matrices(use: Use) -> int:
+    if use.index is None:
+        return 1
+    sizes = dict(zip(use.contraction.w, use.weight_shape, strict=True))
+    return math.prod(sizes[d] for d in use.contraction.batch)
+
+
+def _common_parts(uses: list[Use], name: str) -> tuple[Any, ...]:
+    found = [packed_parts(use, name) for use in uses]
+    return found[0] if all(p == found[0] for p in found) else ()
+
+
+def _mark_tied(sites: list[LinearSite], program: Program, constants: Constants) -> list[LinearSite]:
+    """Note on each site what else reads its parameters, such as an embedding lookup."""
+    products = {use.product for site in sites for use in site.uses}
+    others: dict[str, list[str]] = {}
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node in constants or node in products:
+            continue
+        for operand in node.all_input_nodes:
+            for weight in constants.sources.get(operand, ()):
+                others.setdefault(weight, []).append(node.name)
+    return [
+        dataclasses.replace(site, tied=tuple(dict.fromkeys(n for w in site.weights for n in others.get(w, ()))))
+        for site in sites
+    ]
+
+
+def _mismatch(node: fx.Node, reason: str, constants: Constants, program: Program) -> Mismatch:
+    weights = [w for n in node.all_input_nodes if n in constants for w in constants.sources[n]]
+    matrices = [w for w in weights if program.weights[w].ndim > 1]
+    name = matrices[0] if matrices else node.name
+    return Mismatch(
+        name=name,
+        kind="convolution" if "conv" in str(node.target) else "product",
+        parameters=program.weights[name].numel() if matrices else 0,
+        reason=reason,
+        node=node.name,
+        where=source_line(node),
+        flops=product_flops(node),
+    )

@@ -1,0 +1,122 @@
+"""Packed weights: which rows of one matrix the model takes apart and uses as matrices of their own."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from recast.patterns.sites import Part, Use
+
+__all__ = ["packed_parts", "size_hint"]
+
+aten = torch.ops.aten
+
+_VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unflatten.int,
+    aten._unsafe_view.default,
+    aten.contiguous.default,
+    aten.clone.default,
+}
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.split.sizes}
+_TAKES = {aten.slice.Tensor, aten.select.int, aten.narrow.default}
+_LIMIT = 1 << 24  # elements followed; larger examples are left unpacked
+
+
+def size_hint(size: Any) -> int:
+    """Size in the captured example."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def packed_parts(use: Use, name: str) -> tuple[Part, ...]:
+    """Find how the result of a product is split along its output features.
+
+    The rows are followed by running the model's own views and splits on row numbers, so interleaved layouts (each head's Q, K
+    and V side by side) are found as well as plain ones.
+
+    Parameters
+    ----------
+    use
+        A product whose weight may be packed.
+    name
+        Site name, a hint for naming the parts.
+
+    Returns
+    -------
+    tuple of Part
+        Disjoint parts that cover all rows; empty if the weight is not packed.
+    """
+    shape = [size_hint(s) for s in use.node.meta["val"].shape]
+    outputs, y = use.contraction.outputs, use.contraction.y
+    if len(outputs) != 1 or use.addend is not None or use.index is not None:
+        return ()
+    axis = y.index(outputs)
+    rows = shape[axis]
+    # Other dimensions are followed at their example sizes only because views mention them.
+    total = 1
+    for size in shape:
+        total *= size
+    if total > _LIMIT:
+        return ()
+    index = torch.arange(rows, dtype=torch.int32).view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+    pieces = _follow(use.node, index.contiguous(), split=False)
+    if pieces is None or len(pieces) < 2:
+        return ()
+    sets = [torch.unique(piece) for piece in pieces]
+    if sum(len(s) for s in sets) != rows or len(torch.unique(torch.cat(sets))) != rows:
+        return ()
+    sets.sort(key=lambda s: int(s[0]))
+    names = _names(name, [len(s) for s in sets])
+    return tuple(Part(n, _ranges(s)) for n, s in zip(names, sets, strict=True))
+
+
+def _follow(node: fx.Node, value: Tensor, *, split: bool) -> list[Tensor] | None:
+    """Row numbers in each piece that the result is taken apart into; None if some use takes all of it."""
+    users = [u for u in node.users if u.op == "call_function"]
+    if len(users) != len(node.users):
+        return None
+    if len(users) == 1 and users[0].target in _VIEWS:
+        return _follow(users[0], _run(users[0], value), split=split)
+    if len(users) == 1 and users[0].target in _SPLITS:
+        outputs = _run(users[0], value)
+        taken = {int(u.args[1]) for u in users[0].users if u.target is operator.getitem}  # type: ignore[arg-type]
+        return list(outputs) if taken else None
+    if users and all(u.target in _TAKES for u in users):
+        return [_run(u, value) for u in users]
+    return None
+
+
+def _run(node: fx.Node, value: Tensor) -> Any:
+    def concrete(arg: Any) -> Any:
+        if not isinstance(arg, fx.Node):
+            return size_hint(arg) if isinstance(arg, torch.SymInt) else arg
+        meta = arg.meta.get("val")
+        return value if isinstance(meta, Tensor) else size_hint(meta)
+
+    args = fx.node.map_aggregate(node.args, concrete)
+    kwargs = fx.node.map_aggregate(node.kwargs, concrete)
+    return node.target(*args, **kwargs)  # type: ignore[operator,misc]
+
+
+def _ranges(rows: Tensor) -> tuple[tuple[int, int], ...]:
+    numbers = rows.tolist()
+    breaks = [0, *(i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1), len(numbers)]
+    return tuple((numbers[a], numbers[b - 1] + 1) for a, b in zip(breaks, breaks[1:], strict=False))
+
+
+def _names(name: str, sizes: list[int]) -> list[str]:
+    low = name.rsplit(".", 1)[-1].lower()
+    if len(sizes) == 3 and sizes[1] == sizes[2] and sizes[0] >= sizes[1]:
+        return ["q", "k", "v"]
+    if len(sizes) == 2 and sizes[0] == sizes[1]:
+        if any(word in low for word in ("gate", "up", "w12", "glu", "fc1", "wi", "in_proj", "dense_h")):
+            return ["gate", "up"]
+        if any(word in low for word in ("kv", "key_value")):
+            return ["k", "v"]
+    return [str(i) for i in range(len(sizes))]

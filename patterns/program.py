@@ -1,0 +1,278 @@
+"""`Program`: a captured model as a functional ATen graph that runs, prints and knows its weights by their original names."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from recast.patterns.errors import CaptureError
+from recast.patterns.printer import program_text
+
+__all__ = ["Interface", "Program", "get_by_path", "set_by_path", "tensor_digest"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interface:
+    """How a program is called, and what it gives back.
+
+    Parameters
+    ----------
+    parameters
+        Names of the parameters of the model's ``forward``, in order; empty when not known.
+    args
+        Names under which the positional arguments were captured.
+    kwargs
+        Names of the keyword arguments, in captured order.
+    in_spec, out_spec
+        Pytree structure of ``(args, kwargs)`` and of the result.
+    constants
+        Flat inputs that were not tensors (flags, ``None``), by position: the program holds for these values only.
+    mutations
+        ``(output position, "weight" or "input", name)`` of results that are copied back (KV caches, running statistics).
+    """
+
+    parameters: tuple[str, ...]
+    args: tuple[str, ...]
+    kwargs: tuple[str, ...]
+    in_spec: Any
+    out_spec: Any
+    constants: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+    mutations: tuple[tuple[int, str, str], ...] = ()
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Arrange a call the way the model was captured, whether arguments come by position or by name."""
+        given: dict[str, Any] = {}
+        positional = self.parameters or self.args
+        if len(args) > len(positional) and not (len(args) == len(self.args) and not kwargs):
+            raise TypeError(f"program takes {len(positional)} positional arguments {positional}, {len(args)} were given")
+        if len(args) == len(self.args) and set(kwargs) == set(self.kwargs):
+            return self._leaves(args, {name: kwargs[name] for name in self.kwargs})
+        for name, value in zip(positional, args, strict=False):
+            given[name] = value
+        for name, value in kwargs.items():
+            if name in given:
+                raise TypeError(f"program got several values for argument '{name}'")
+            given[name] = value
+        wanted = (*self.args, *self.kwargs)
+        extra = [name for name, value in given.items() if name not in wanted and value is not None]
+        missing = [name for name in wanted if name not in given]
+        if extra or missing:
+            raise TypeError(
+                f"program was captured with arguments {list(wanted)}; "
+                + (f"not given: {missing}; " if missing else "")
+                + (f"given besides: {extra}; " if extra else "")
+                + "capture it again with the arguments you mean to use"
+            )
+        return self._leaves(tuple(given[n] for n in self.args), {n: given[n] for n in self.kwargs})
+
+    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if len(leaves) != self.in_spec.num_leaves:
+            raise TypeError(
+                f"program was captured with {self.in_spec.num_leaves} inputs, {len(leaves)} were given "
+                f"(structure {spec} instead of {self.in_spec})"
+            )
+        for position, value in self.constants.items():
+            if not isinstance(leaves[position], Tensor) and leaves[position] != value:
+                raise TypeError(
+                    f"input {position} was the constant {value!r} at capture and is {leaves[position]!r} now; "
+                    "capture again with this value"
+                )
+        return leaves
+
+
+@dataclasses.dataclass
+class Program:
+    """A captured model: a functional ATen graph with its weights by original name. Called like the model.
+
+    Parameters
+    ----------
+    module
+        Graph module: a placeholder for each flat input, ``get_attr`` for weights, a tuple of flat results.
+    interface
+        Calling convention.
+    aliases
+        Further names of weights that share storage, as ``{other name: name in the graph}``.
+    door
+        ``"export"`` or ``"dynamo"``.
+    training
+        Whether the model was in training mode; lossy passes refuse such a program.
+    label
+        A human name, used in reports.
+    notes
+        What capture had to decide on the way, in words.
+    """
+
+    module: fx.GraphModule
+    interface: Interface
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)
+    door: str = "export"
+    training: bool = False
+    label: str = "program"
+    notes: list[str] = dataclasses.field(default_factory=list)
+    report: Any = None
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph itself."""
+        return self.module.graph
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Every tensor the graph reads through ``get_attr``, by original name, in graph order, once."""
+        found: dict[str, Tensor] = {}
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target not in found:
+                value = get_by_path(self.module, node.target)
+                if isinstance(value, Tensor):
+                    found[node.target] = value
+        return found
+
+    def inputs(self) -> list[fx.Node]:
+        """Placeholders in order."""
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def run_flat(self, leaves: list[Any]) -> list[Any]:
+        """Run on flat inputs; give flat results after copying mutated values back."""
+        return self.finish(list(self.module(*leaves)), leaves)
+
+    def finish(self, results: list[Any], leaves: list[Any]) -> list[Any]:
+        """Copy mutated values back where the model keeps them, and give the rest."""
+        mutated = {}
+        for position, kind, name in self.interface.mutations:
+            mutated[position] = True
+            target = get_by_path(self.module, name) if kind == "weight" else leaves[self._input_position(name)]
+            with torch.no_grad():
+                target.copy_(results[position])
+        return [value for i, value in enumerate(results) if i not in mutated]
+
+    def _input_position(self, name: str) -> int:
+        return [node.name for node in self.inputs()].index(name)
+
+    def flatten(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Flat inputs of a call, checked against the captured shapes."""
+        leaves = self.interface.flatten(args, kwargs)
+        self._check(leaves)
+        return leaves
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the model's own arguments; gives what the model gives."""
+        results = self.run_flat(self.flatten(*args, **kwargs))
+        return pytree.tree_unflatten(results, self.interface.out_spec)
+
+    def _check(self, leaves: list[Any]) -> None:
+        for node, value in zip(self.inputs(), leaves, strict=True):
+            expected = node.meta.get("val")
+            if not isinstance(expected, Tensor):
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"input '{node.name}' must be a tensor like {shape_text(expected)}, not {type(value).__name__}")
+            sizes = list(zip(expected.shape, value.shape, strict=False))
+            fits = expected.ndim == value.ndim and all(not isinstance(e, int) or e == v for e, v in sizes)
+            if not fits or expected.dtype != value.dtype:
+                raise TypeError(
+                    f"input '{node.name}' was captured as {shape_text(expected)}, a {shape_text(value)} was given; "
+                    "capture with dynamic_shapes, or with the shapes and dtypes you mean to use"
+                )
+
+    def copy(self) -> Program:
+        """A program with a graph of its own and the same weight tensors (nothing large is copied)."""
+        module = nn.Module()
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                set_by_path(module, node.target, get_by_path(self.module, node.target))
+            elif node.op == "call_module":
+                set_by_path(module, node.target, self.module.get_submodule(node.target))
+        graph = fx.Graph()
+        output = graph.graph_copy(self.graph, {}, return_output_node=True)
+        assert isinstance(output, tuple)
+        graph.output(output[0])
+        graph.find_nodes(op="output")[0].meta = dict(output[1].meta)
+        return dataclasses.replace(
+            self, module=fx.GraphModule(module, graph, "Program"), aliases=dict(self.aliases), notes=list(self.notes)
+        )
+
+    def fingerprint(self) -> str:
+        """Identify the model: operations, weight names, shapes, dtypes and a sample of the values; 16 hex digits."""
+        digest = hashlib.sha256()
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                digest.update(str(node.target).encode())
+        for name, weight in sorted(self.weights.items()):
+            digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+            digest.update(tensor_digest(weight, sample=4096).encode())
+        return digest.hexdigest()[:16]
+
+    def nbytes(self) -> int:
+        """Bytes of all weights and of the operators that replaced some, each storage counted once."""
+        seen: dict[tuple[Any, int], int] = {}
+        for tensor in self.storages():
+            seen[(tensor.untyped_storage().data_ptr(), tensor.storage_offset())] = tensor.numel() * tensor.element_size()
+        return sum(seen.values())
+
+    def storages(self) -> Iterator[Tensor]:
+        """All tensors the program needs to run."""
+        yield from self.weights.values()
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                yield from self.module.get_submodule(node.target).state_dict().values()
+
+    def __str__(self) -> str:
+        return program_text(self)
+
+    def __repr__(self) -> str:
+        return f"<Program {self.label}: {len(self.graph.nodes)} nodes, {len(self.weights)} weights, door {self.door}>"
+
+
+def shape_text(tensor: Tensor) -> str:
+    """Dtype and shape in short: ``float32[2, 5, 8]``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(str(s) for s in tensor.shape)}]"
+
+
+def get_by_path(root: nn.Module, path: str) -> Any:
+    """Attribute at a dotted path.
+
+    Examples
+    --------
+    >>> import torch
+    >>> get_by_path(torch.nn.Sequential(torch.nn.Linear(2, 3)), "0.weight").shape
+    torch.Size([3, 2])
+    """
+    value: Any = root
+    for part in path.split("."):
+        if not hasattr(value, part):
+            raise CaptureError(f"'{path}' is named in the graph but not held by the program ('{part}' is missing)")
+        value = getattr(value, part)
+    return value
+
+
+def set_by_path(root: nn.Module, path: str, value: Any) -> None:
+    """Attach a tensor or module at a dotted path, making empty modules on the way."""
+    *parents, last = path.split(".")
+    module = root
+    for part in parents:
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module):
+            child = nn.Module()
+            setattr(module, part, child)
+        module = child
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        module.register_buffer(last, value)
+    else:
+        setattr(module, last, value)
+
+
+def tensor_digest(tensor: Tensor, sample: int | None = None) -> str:
+    """SHA-256 of a tensor's dtype, shape and values (all of them, or an even sample), as hex."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    flat = tensor.detach().reshape(-1)
+    if sample is not None and flat.numel() > sample:
+        flat = flat[torch.linspace(0, flat.numel() - 1, sample).long()]
+    digest.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
