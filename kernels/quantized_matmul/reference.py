@@ -1,0 +1,219 @@
+"""The meaning of integer weights, in plain torch: packing, rounding, and products with them.
+
+A weight (m, n) is kept as integer codes with one scale, and perhaps one zero point, for each group of `group`
+consecutive inputs of a row; the last group may be shorter. ``weight = (code - zero) * scale``. Eight-bit codes are
+int8. Four-bit codes are 0..15, two to a uint8 byte, the even input in the low half; without zero points, 8 stands for
+zero.
+
+Every function traces: sizes of the weight are fixed, the number of tokens may be symbolic. All of it runs in float64
+too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "code_range",
+    "dequantize",
+    "dequantizing_matmul",
+    "dynamic_int8_matmul",
+    "group_count",
+    "integer_matmul",
+    "pack_int4",
+    "quantize",
+    "quantize_tokens",
+    "unpack_int4",
+]
+
+# The products of two int8 codes of -127..127 are at most 127² in size, -128 makes it 128²; float32 holds integers up to
+# 2²⁴ exactly, so sums of this many products are exact in any order of addition.
+EXACT_TERMS = 2**24 // 128**2
+
+
+def group_count(features: int, group: int | None) -> int:
+    """Return how many groups `features` inputs make; None is one group for all of them."""
+    return 1 if group is None else -(-features // group)
+
+
+def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Return the smallest and largest code before the offset of packing; symmetric int8 leaves -128 out."""
+    if bits not in (4, 8):
+        raise ValueError(f"quantize: {bits} bits are not supported; 4 or 8 would work")
+    if bits == 4:
+        return (-8, 7) if symmetric else (0, 15)
+    return (-127, 127) if symmetric else (-128, 127)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack codes 0..15 (m, n) into bytes (m, ⌈n/2⌉), the even column in the low half.
+
+    Examples
+    --------
+    >>> pack_int4(torch.tensor([[1, 2, 3]])).tolist()
+    [[33, 3]]
+    """
+    codes = codes.to(torch.uint8)
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor, features: int) -> Tensor:
+    """Undo `pack_int4`: bytes (m, ⌈features/2⌉) to codes 0..15, uint8 (m, features)."""
+    pairs = torch.stack((packed & 15, packed >> 4), -1)
+    return pairs.reshape(packed.shape[0], -1)[:, :features]
+
+
+def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, group: int | None) -> Tensor:
+    """Round a weight to the codes nearest to it, for given scales.
+
+    Parameters
+    ----------
+    weight
+        (m, n), floating.
+    scale, zero
+        (m, groups); `zero` is None for a symmetric code.
+    bits, group
+        4 or 8; inputs in a group, None for all of them.
+
+    Returns
+    -------
+    int8 (m, n), or uint8 (m, ⌈n/2⌉) for four bits.
+    """
+    n = weight.shape[1]
+    low, high = code_range(bits, zero is None)
+    each = _spread(scale, n, group)
+    # A group of zeros has scale 0; its codes are 0 whatever they are divided by.
+    codes = torch.round(weight.to(scale.dtype) / torch.where(each == 0, 1, each))
+    if zero is not None:
+        codes = codes + _spread(zero, n, group).to(codes.dtype)
+    codes = codes.clamp(low, high)
+    if bits == 8:
+        return codes.to(torch.int8)
+    return pack_int4(codes + 8 if zero is None else codes)
+
+
+def dequantize(
+    values: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    bits: int,
+    group: int | None,
+    features: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the weight (m, features) that codes stand for, in `dtype` (default: the scale's).
+
+    Examples
+    --------
+    >>> dequantize(torch.tensor([[2, -4]], dtype=torch.int8), torch.tensor([[0.5]]), None, bits=8, group=None,
+    features=2) tensor([[ 1., -2.]])
+    """
+    codes = unpack_int4(values, features) if bits == 4 else values
+    numbers = codes.to(scale.dtype)
+    if zero is not None:
+        numbers = numbers - _spread(zero, features, group).to(scale.dtype)
+    elif bits == 4:
+        numbers = numbers - 8
+    weight = numbers * _spread(scale, features, group)
+    return weight if dtype is None else weight.to(dtype)
+
+
+def dequantizing_matmul(
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    bits: int,
+    group: int | None,
+) -> Tensor:
+    """Multiply vectors (..., n) by a quantized weight, (..., m): dequantize to x's dtype, then a dense product."""
+    weight = dequantize(values, scale, zero, bits=bits, group=group, features=x.shape[-1], dtype=x.dtype)
+    return torch.nn.functional.linear(x, weight)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each vector of (..., n) to int8 codes with a scale of its own, the largest value becoming 127.
+
+    Returns
+    -------
+    int8 (..., n), and the scales (..., 1) in float32 (float64 for float64); a vector of zeros has codes 0.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = wide.abs().amax(-1, keepdim=True) / 127
+    codes = torch.round(wide / torch.where(scale == 0, 1, scale)).clamp(-127, 127)
+    return codes.to(torch.int8), scale
+
+
+def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply int8 (..., t, k) by int8 (..., m, k) transposed, exactly: int32 (..., t, m).
+
+    The products are taken in float32 over stretches short enough to be exact, on any device and for any size.
+    """
+    total = None
+    for start in range(0, a.shape[-1], EXACT_TERMS):
+        stretch = slice(start, start + EXACT_TERMS)
+        part = a[..., stretch].float() @ b[..., stretch].float().transpose(-1, -2)
+        total = part.to(torch.int32) if total is None else total + part.to(torch.int32)
+    if total is None:
+        raise ValueError("integer_matmul: there are no terms to add; at least one feature is needed")
+    return total
+
+
+def dynamic_int8_matmul(
+    x: Tensor, values: Tensor, scale: Tensor, zero: Tensor | None = None, *, group: int | None = None
+) -> Tensor:
+    """Multiply vectors by an int8 weight after rounding each vector to int8 too.
+
+    Parameters
+    ----------
+    x
+        (..., n), floating.
+    values
+        (m, n) int8 codes of the weight.
+    scale, zero
+        (m, groups).
+    group
+        Inputs in a group, None for all of them.
+
+    Returns
+    -------
+    (..., m) in x's dtype: integer sums of each group are exact, then scaled by both scales and added in the scale's
+    dtype.
+    """
+    m, n = values.shape
+    codes, token_scale = quantize_tokens(x.reshape(-1, n))
+    groups = group_count(n, group)
+    if group is None or groups == 1:
+        total = _offset(integer_matmul(codes, values), codes, zero).to(scale.dtype) * scale[:, 0]
+    else:
+        a = _groups_first(codes, group, groups)  # (groups, tokens, group)
+        b = _groups_first(values, group, groups)  # (groups, m, group)
+        sums = _offset(integer_matmul(a, b), a, None if zero is None else zero.T.unsqueeze(-1))
+        total = (sums.to(scale.dtype) * scale.T.unsqueeze(1)).sum(0)
+    return (total * token_scale).to(x.dtype).reshape(*x.shape[:-1], m)
+
+
+def _offset(sums: Tensor, codes: Tensor, zero: Tensor | None) -> Tensor:
+    """Turn Σ a·code into Σ a·(code - zero), with zero (m, 1) or (groups, m, 1)."""
+    if zero is None:
+        return sums
+    totals = codes.sum(-1, keepdim=True, dtype=torch.int32)
+    return sums - totals * zero.to(torch.int32).transpose(-1, -2)
+
+
+def _groups_first(codes: Tensor, group: int, groups: int) -> Tensor:
+    padded = torch.nn.functional.pad(codes, (0, groups * group - codes.shape[1]))
+    return padded.reshape(-1, groups, group).transpose(0, 1)
+
+
+def _spread(per_group: Tensor, features: int, group: int | None) -> Tensor:
+    """Repeat (m, groups) so that it broadcasts against (m, features)."""
+    if per_group.shape[1] == 1 or group is None:
+        return per_group
+    m, groups = per_group.shape
+    return per_group.unsqueeze(-1).expand(m, groups, group).reshape(m, -1)[:, :features]

@@ -1,0 +1,294 @@
+"""What is asked for: a weight form, an expression over named forms with ``+``, ``@`` and ``|``."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from recast.passes.forms.operator import Operator
+from recast.passes.forms.stats import Stats, row_errors
+from recast.patterns.errors import FormError, WeightError, nearest
+
+__all__ = ["Form", "NamedForm", "Parameter"]
+
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a named form, as the command line shows it."""
+
+    name: str
+    type: str
+    default: Scalar | None
+    help: str
+
+
+class Form(abc.ABC):
+    """A weight form. Frozen, comparable, and written as text: ``Form.parse(str(form)) == form``.
+
+    Examples
+    --------
+    >>> form = Form.parse("int4(group=64) + low_rank(rank=32)")
+    >>> str(form), form == Form.parse("int4(64) + low_rank(32)")
+    ('int4(group=64) + low_rank(rank=32)', True)
+    """
+
+    # How tightly the text binds: `|` 1, `+` 2, `@` 3, a name 4.
+    binding: ClassVar[int] = 4
+
+    # True where `solve` with statistics is already the best of its class on the data, so that there is nothing to
+    # compare.
+    optimal_on_data: ClassVar[bool] = False
+
+    @property
+    def dense_leaves(self) -> bool:
+        """Whether what this form makes has dense factors, which a ``|`` may refit."""
+        return True
+
+    @property
+    def refits(self) -> bool:
+        """Whether the form may stand to the right of ``|``."""
+        return True
+
+    @property
+    def wrapper(self) -> bool:
+        """Whether the form, as a factor of a product, mixes features rather than carrying the weight: it is square there."""
+        return False
+
+    @staticmethod
+    def parse(text: str) -> Form:
+        """Read a form from text.
+
+        Parameters
+        ----------
+        text
+            An expression: names with parameters, ``@`` (product, binds tightest), ``+`` (sum), ``|`` (what stands right
+            is fitted to every dense factor of what stands left; binds loosest), parentheses.
+
+        Raises
+        ------
+        FormError
+            With the text, a mark under the place, and what would work.
+        """
+        from recast.passes.forms.language import parse
+
+        return parse(text)
+
+    def __add__(self, other: Form) -> Form:
+        from recast.passes.forms.composite import SumForm
+
+        return SumForm.of(self, other) if isinstance(other, Form) else NotImplemented
+
+    def __matmul__(self, other: Form) -> Form:
+        from recast.passes.forms.composite import ProductForm
+
+        return ProductForm.of(self, other) if isinstance(other, Form) else NotImplemented
+
+    def __or__(self, other: Form) -> Form:
+        from recast.passes.forms.composite import PipeForm
+
+        return PipeForm(self, other) if isinstance(other, Form) else NotImplemented
+
+    @abc.abstractmethod
+    def check(self, shape: tuple[int, int], where: str | None = None) -> None:
+        """Raise FormError, saying what would work, unless a weight (m, n) of this shape can take the form."""
+
+    @abc.abstractmethod
+    def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Operator | None:
+        """Return the operator that a fit would make, on the meta device; None where that depends on the weight's values.
+
+        Its `nbytes`, `cost` and `config` are those of the fitted operator, at no cost.
+        """
+
+    @abc.abstractmethod
+    def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
+        """Fit a weight that was checked; called by `fit`, which see."""
+
+    def fit(self, weight: Tensor, stats: Stats | None = None, *, where: str | None = None) -> Operator:
+        """Find the operator of this form nearest to a weight.
+
+        Parameters
+        ----------
+        weight
+            (m, n), floating and finite. Fits run in float32 or better; the result has the weight's dtype.
+        stats
+            Statistics of the weight's inputs. With a Gram matrix, ``‖(W - Ŵ)X‖`` is made small in place of ``‖W - Ŵ‖``,
+            and the result is never worse on the data than the one without statistics.
+        where
+            Name of the weight, for messages.
+
+        Raises
+        ------
+        FormError
+            If the form does not go with the shape.
+        WeightError
+            If the weight is not a finite floating matrix.
+        CalibrationError
+            If the statistics are not of this weight's inputs, or not finite.
+        """
+        at = f" at {where}" if where else ""
+        if weight.dim() != 2 or 0 in weight.shape:
+            raise WeightError(f"{self}: a weight of two dimensions is needed{at}, this one is {tuple(weight.shape)}")
+        self.check((weight.shape[0], weight.shape[1]), where)
+        if not weight.is_floating_point():
+            raise WeightError(f"{self}: the weight{at} is {weight.dtype}, not floating; weight.float() would work")
+        weight = weight.detach()
+        _refuse_nonfinite(weight, f"{self}: the weight{at}")
+        if stats is not None:
+            stats.check(weight.shape[1], where)
+        operator = self.solve(weight, stats)
+        if stats is None or stats.gram is None or self.optimal_on_data:
+            return operator
+        free = self.solve(weight, None)
+        return min((operator, free), key=lambda found: data_error(weight, found, stats))
+
+    def __str__(self) -> str:
+        raise NotImplementedError
+
+
+def data_error(weight: Tensor, operator: Operator, stats: Stats | None) -> float:
+    """Squared error of an operator, ``‖(W - Ŵ)X‖²``, or ``‖W - Ŵ‖²`` without a Gram matrix."""
+    gap = weight.double() - operator.to_dense().double()
+    return float(row_errors(gap, None if stats is None else stats.gram).sum())
+
+
+def _refuse_nonfinite(weight: Tensor, what: str) -> None:
+    finite = torch.isfinite(weight)
+    if bool(finite.all()):
+        return
+    row, column = (int(i) for i in (~finite).nonzero()[0])
+    raise WeightError(
+        f"{what} holds {int((~finite).sum())} values that are NaN or infinite, the first at [{row}, {column}]; "
+        "repair the checkpoint or leave this weight out"
+    )
+
+
+class NamedForm(Form):
+    """A form with a name and parameters, which are the fields of a frozen dataclass with scalar types.
+
+    A subclass that sets `name` registers itself; the file that holds it needs only to stand in ``passes/forms`` or
+    behind the entry point group ``recast.forms``.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    # Whether fitting an operator's own matrix gives it back, and whether a larger budget never gives a larger error.
+    fixed_point: ClassVar[bool] = True
+
+    _names: ClassVar[dict[str, type[NamedForm]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        name = cls.__dict__.get("name")
+        if name is None:
+            return
+        taken = NamedForm._names.get(name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"form {name!r} is defined by both {taken.__module__} and {cls.__module__}")
+        NamedForm._names[name] = cls
+
+    @classmethod
+    @abc.abstractmethod
+    def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:
+        """Return a few instances that a weight of this shape can take; the law tests fit each of them."""
+
+    @classmethod
+    def ladder(cls, shape: tuple[int, int]) -> list[NamedForm]:
+        """Return instances of growing size whose error must not grow; empty where there is no such order."""
+        return []
+
+    def problem(self, shape: tuple[int, int]) -> tuple[str, str] | None:
+        """Say what is wrong with a shape, and what would work, or None: ("does not split into 12 blocks", "8 would")."""
+        return None
+
+    def check(self, shape: tuple[int, int], where: str | None = None) -> None:
+        """Raise FormError, saying what would work, unless a weight (m, n) of this shape can take the form."""
+        problem = self.problem(shape)
+        if problem is not None:
+            found, works = problem
+            at = f" at {where}" if where else ""
+            raise FormError(f"{self}: weight {tuple(shape)} {found}{at}; {works}")
+
+    @classmethod
+    def parameters(cls) -> list[Parameter]:
+        """Describe the parameters, in positional order."""
+        hints = typing.get_type_hints(cls)
+        return [
+            Parameter(
+                f.name,
+                " or ".join(kind.__name__ for kind in _kinds(hints[f.name])),
+                None if f.default is dataclasses.MISSING else f.default,
+                f.metadata.get("help", ""),
+            )
+            for f in dataclasses.fields(cls)  # type: ignore[arg-type]  # every subclass is a dataclass
+        ]
+
+    @classmethod
+    def positional(cls, values: list[Scalar]) -> list[str]:
+        """Name the parameters that unnamed values are for; by default the fields in order."""
+        return [f.name for f in dataclasses.fields(cls)][: len(values)]  # type: ignore[arg-type]
+
+    @classmethod
+    def coerce(cls, parameter: str, value: Scalar) -> Scalar:
+        """Check a parameter's name and type, and turn a whole number into a float where one is meant; raises FormError."""
+        hints = typing.get_type_hints(cls)
+        known = [p.name for p in cls.parameters()]
+        if parameter not in known:
+            hint = nearest(parameter, known) if known else "it takes none"
+            raise FormError(f"{cls.name} has no parameter {parameter!r}; {hint}")
+        kinds = _kinds(hints[parameter])
+        if type(value) in kinds:
+            return value
+        if float in kinds and type(value) is int:
+            return float(value)
+        wanted = " or ".join(_KIND_TEXT[kind] for kind in kinds)
+        raise FormError(f"{cls.name}: {parameter} is {value!r}; {wanted} would work")
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Scalar]) -> NamedForm:
+        """Make an instance from parameters by name; raises FormError for a wrong name, type or value."""
+        values = {name: cls.coerce(name, value) for name, value in parameters.items()}
+        missing = [
+            f.name
+            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+            if f.default is dataclasses.MISSING and f.name not in values
+        ]
+        if missing:
+            raise FormError(f"{cls.name}: parameter {missing[0]!r} is missing; {cls.name}({missing[0]}=...) would work")
+        return cls(**values)
+
+    def __str__(self) -> str:
+        given = [
+            f"{f.name}={_literal(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, f.name) != f.default
+        ]
+        return f"{self.name}({', '.join(given)})" if given else self.name
+
+
+_KIND_TEXT = {bool: "true or false", int: "a whole number", float: "a number", str: "a 'quoted' text"}
+
+
+def _kinds(annotation: Any) -> list[type]:
+    """List the scalar types that a field's annotation allows, without None."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+    return [annotation]
+
+
+def _literal(value: Scalar) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return repr(value)

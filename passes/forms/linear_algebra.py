@@ -1,0 +1,124 @@
+"""The few exact solutions that fits are made of, in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recast.passes.forms.operator import Operator
+from recast.passes.forms.stats import Stats
+
+__all__ = ["best_left", "best_right", "leading_subspace", "pseudo_inverse", "seen_by_left"]
+
+# Below this fraction of the largest eigenvalue, a direction of the data counts as never seen.
+CUTOFF = 1e-10
+
+
+def pseudo_inverse(gram: Tensor) -> Tensor:
+    """Invert a symmetric positive semi-definite matrix (n, n) on the directions above the cutoff, in float64."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    keep = values > CUTOFF * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    inverse: Tensor = (vectors * torch.where(keep, 1 / torch.where(keep, values, 1), 0)) @ vectors.T
+    return inverse
+
+
+def _leading_eigenvectors(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """Return the `rank` largest eigenvalues, descending, and their vectors (d, rank); None asks for all."""
+    size = matrix.shape[0]
+    if matrix.device.type == "cpu" and rank is not None and size >= 128 and rank <= size // 2:
+        # A part of the spectrum costs about half of the whole.
+        import scipy.linalg
+
+        values, vectors = scipy.linalg.eigh(
+            matrix.numpy(), subset_by_index=(size - rank, size - 1), driver="evr", check_finite=False
+        )
+        return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
+    all_values, all_vectors = torch.linalg.eigh(matrix)
+    return all_values.flip(0)[:rank], all_vectors.flip(1)[:, :rank]
+
+
+def leading_subspace(weight: Tensor, gram: Tensor | None, *, rank: int | None = None, energy: float = 1.0) -> Tensor:
+    """Find the output directions that keep most of ``W X``: an orthonormal E (m, r), so that ``E Eᵀ W`` is optimal.
+
+    Truncating the SVD of W S, with ``G = S Sᵀ``, and multiplying by the inverse of S projects W on the leading left
+    singular vectors of W S: the eigenvectors of the output Gram matrix ``W G Wᵀ``. No inverse of S is taken, so a
+    singular G does no harm. The eigenproblem is solved on the smaller side: (m, m), or (n, n) as ``Sᵀ Wᵀ W S`` whose
+    vectors W S carries over.
+
+    Parameters
+    ----------
+    weight
+        (m, n).
+    gram
+        (n, n) or None for the plain SVD.
+    rank, energy
+        The number of directions, or else the fraction of ``‖W X‖²`` that they keep at least.
+    """
+    w = weight.double()
+    m, n = w.shape
+    if m <= n:
+        weighted = w if gram is None else w @ gram.double()
+        values, vectors = _leading_eigenvectors(_symmetric(weighted @ w.T), rank)
+        basis = vectors[:, : _kept(values, rank, energy, max(m, n))]
+    else:
+        root = w
+        if gram is not None:
+            scales, directions = torch.linalg.eigh(gram.double())
+            root = w @ (directions * scales.clamp_min(0).sqrt())
+        values, vectors = _leading_eigenvectors(_symmetric(root.T @ root), rank)
+        kept = _kept(values, rank, energy, max(m, n))
+        # The columns come out orthogonal but for rounding, largest first, so QR changes lengths and signs only.
+        basis = torch.linalg.qr(root @ vectors[:, :kept]).Q
+    missing = 0 if rank is None else rank - basis.shape[1]
+    if missing > 0:
+        # The data leaves these directions free: they go to what is left of the weight itself.
+        rest = w - basis @ (basis.T @ w)
+        if gram is not None:
+            more = leading_subspace(rest, None, rank=missing)
+        else:
+            more = torch.randn(m, missing, dtype=w.dtype, device=w.device, generator=_fixed(w.device))
+        joined = torch.linalg.qr(torch.cat([basis, more], 1)).Q
+        basis = torch.cat([basis, joined[:, basis.shape[1] :]], 1)
+    return basis
+
+
+def _kept(values: Tensor, rank: int | None, energy: float, size: int) -> int:
+    """Count the eigenvalues to keep: those above rounding, and with no rank asked, enough of them for the energy."""
+    positive = values.clamp_min(0)
+    significant = int((positive > positive[0] * size * torch.finfo(torch.float64).eps).sum())
+    if rank is not None:
+        return min(rank, significant)
+    share = positive.cumsum(0) / positive.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    enough = int((share < energy).sum()) + 1
+    return max(1, min(enough, significant))
+
+
+def _fixed(device: torch.device) -> torch.Generator:
+    # A weight of lower rank than asked has nothing to say about the remaining directions; any will do, always the same.
+    return torch.Generator(device=device).manual_seed(0)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.T) / 2
+
+
+def seen_by_left(right: Operator, stats: Stats | None) -> Stats:
+    """Return the statistics of what flows out of the right factor of a product; without data, of white inputs."""
+    if stats is not None and stats.gram is not None:
+        return stats.through(right)
+    dense = right.to_dense().detach().double()
+    return Stats.from_gram(_symmetric(dense @ dense.T))
+
+
+def best_left(weight: Tensor, right: Operator, stats: Stats | None, seen: Stats) -> Tensor:
+    """Find the L (m, k) that minimises ``‖(W - L R) X‖``: ``W G Rᵀ (R G Rᵀ)⁺``, float64; `seen` holds R G Rᵀ."""
+    dense = right.to_dense().detach().double()
+    weighted = weight.double() @ (dense.T if stats is None or stats.gram is None else stats.gram.double() @ dense.T)
+    assert seen.gram is not None  # `seen_by_left` always gives one
+    return weighted @ pseudo_inverse(seen.gram)
+
+
+def best_right(weight: Tensor, left: Operator) -> Tensor:
+    """Find the R (k, n) that minimises ``‖(W - L R) X‖`` whatever X is: ``L⁺ W``, float64."""
+    dense = left.to_dense().detach().double()
+    return pseudo_inverse(dense.T @ dense) @ (dense.T @ weight.double())

@@ -1,0 +1,281 @@
+"""Integer weights: the operator, and how scales and zero points are chosen."""
+# ruff: noqa: D102  # methods are described by the base class
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from recast.kernels.quantized_matmul import reference
+from recast.passes.forms.operator import Cost, Operator, dtype_from_name, dtype_name, matmul_cost
+from recast.passes.forms.stats import Stats, row_errors
+
+__all__ = ["Quantized", "fit_quantized", "outline_quantized"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Quantized(Operator):
+    """A weight (m, n) as integer codes, ``(code - zero) * scale`` with one scale for each group of a row's inputs.
+
+    Attributes
+    ----------
+    values
+        int8 (m, n); for four bits uint8 (m, ⌈n/2⌉), two codes 0..15 a byte, the even input in the low half.
+    scale
+        (m, groups) floating.
+    zero
+        (m, groups), int8 or for four bits uint8; None for symmetric codes (for four bits 8 is then zero).
+    bits
+        4 or 8.
+    group
+        Inputs in a group, the last group of a row may be shorter; None for one group a row.
+    full_shape
+        (m, n).
+    activations
+        Whether `apply` also rounds each input vector to int8, with a scale of its own ("W8A8", dynamic).
+    compute
+        The floating dtype of `to_dense`.
+    """
+
+    kind: ClassVar[str] = "quantized"
+    values: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    group: int | None
+    full_shape: tuple[int, int]
+    activations: bool = False
+    compute: torch.dtype = field(default=torch.float32)
+
+    def __post_init__(self) -> None:
+        m, n = self.full_shape
+        reference.code_range(self.bits, self.zero is None)
+        columns = n if self.bits == 8 else -(-n // 2)
+        groups = reference.group_count(n, self.group)
+        expected = {"values": (m, columns), "scale": (m, groups)}
+        if self.zero is not None:
+            expected["zero"] = (m, groups)
+        for name, shape in expected.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise ValueError(f"quantized: {name} has shape {tuple(getattr(self, name).shape)}, {shape} is needed")
+        if self.activations and self.bits != 8:
+            raise ValueError(f"quantized: activations are rounded for 8 bit weights only, not for {self.bits}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.full_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compute
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the codes have no zero point."""
+        return self.zero is None
+
+    def apply(self, x: Tensor) -> Tensor:
+        if not self.activations:
+            return reference.dequantizing_matmul(
+                x, self.values, self.scale, self.zero, bits=self.bits, group=self.group
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            # Rounding has no slope; its gradient is taken as that of the identity ("straight through").
+            codes, scale = reference.quantize_tokens(x.detach())
+            rounded = x + ((codes.to(scale.dtype) * scale).to(x.dtype) - x).detach()
+            return torch.nn.functional.linear(rounded, self.to_dense().to(x.dtype))
+        return reference.dynamic_int8_matmul(x, self.values, self.scale, self.zero, group=self.group)
+
+    def to_dense(self) -> Tensor:
+        return reference.dequantize(
+            self.values,
+            self.scale,
+            self.zero,
+            bits=self.bits,
+            group=self.group,
+            features=self.full_shape[1],
+            dtype=self.compute,
+        )
+
+    def cost(self, tokens: int) -> Cost:
+        m, n = self.shape
+        return matmul_cost(self.shape, 2 * m * n * tokens, self.nbytes, self.dtype, tokens)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        found = {"values": self.values, "scale": self.scale}
+        return found if self.zero is None else {**found, "zero": self.zero}
+
+    def fields(self) -> dict[str, Any]:
+        return {
+            "bits": self.bits,
+            "group": self.group,
+            "shape": list(self.full_shape),
+            "symmetric": self.symmetric,
+            "activations": self.activations,
+            "dtype": dtype_name(self.compute),
+        }
+
+    @classmethod
+    def build(
+        cls, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], children: Mapping[str, Operator]
+    ) -> Operator:
+        m, n = fields["shape"]
+        return cls(
+            tensors["values"],
+            tensors["scale"],
+            None if fields["symmetric"] else tensors["zero"],
+            int(fields["bits"]),
+            None if fields["group"] is None else int(fields["group"]),
+            (int(m), int(n)),
+            bool(fields["activations"]),
+            dtype_from_name(fields["dtype"]),
+        )
+
+    def to(self, dtype: torch.dtype) -> Quantized:
+        return Quantized(
+            self.values, self.scale, self.zero, self.bits, self.group, self.full_shape, self.activations, dtype
+        )
+
+
+# Fractions of the range that are tried where clipping the largest values may pay: with four bits it does.
+_SHRINK = (1.0, 0.95, 0.9, 7 / 8, 0.825, 0.775, 0.725, 0.675)
+# Rows are fitted a slab at a time, so that temporaries stay in the cache and memory stays small.
+_SLAB = 1 << 19
+
+
+def fit_quantized(
+    weight: Tensor, stats: Stats | None, *, bits: int, group: int | None, symmetric: bool, activations: bool = False
+) -> Quantized:
+    """Round a weight (m, n) to integers, choosing each group's scale for the least error.
+
+    With statistics, errors are weighted by the mean square of each input when scales are chosen, and each row keeps
+    those scales only if they are the better ones under the whole Gram matrix: never worse on the data than without
+    statistics.
+    """
+    m, n = weight.shape
+    gram = None if stats is None or stats.gram is None else stats.gram.to(weight.device)
+    importance = None
+    if gram is not None and bits < 8:
+        importance = gram.diagonal().clamp_min(0)
+        importance = importance / importance.mean().clamp_min(torch.finfo(importance.dtype).tiny)
+    parts = []
+    step = max(1, _SLAB // n)
+    for start in range(0, m, step):
+        rows = weight[start : start + step]
+        # The scales are at least float32, whatever the weight is.
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        scale, zero = _scales(rows, bits, group, symmetric, None)
+        if importance is not None:
+            scale, zero = _better(
+                rows, gram, bits, group, (scale, zero), _scales(rows, bits, group, symmetric, importance)
+            )
+        parts.append((reference.quantize(rows, scale, zero, bits=bits, group=group), scale, zero))
+    return Quantized(
+        torch.cat([values for values, _, _ in parts]),
+        torch.cat([scale for _, scale, _ in parts]),
+        None if symmetric else torch.cat([zero for _, _, zero in parts if zero is not None]),
+        bits,
+        group,
+        (m, n),
+        activations,
+        weight.dtype,
+    )
+
+
+_Scales = tuple[Tensor, Tensor | None]
+
+
+def _scales(weight: Tensor, bits: int, group: int | None, symmetric: bool, importance: Tensor | None) -> _Scales:
+    """Choose scale and zero point of each group, (m, groups), for the least (weighted) squared error over clippings."""
+    m, n = weight.shape
+    groups = reference.group_count(n, group)
+    width = n if group is None or groups == 1 else group
+    extra = groups * width - n
+    # Zeros that fill the last group round to zero and change neither range nor error.
+    grouped = torch.nn.functional.pad(weight, (0, extra)).reshape(m, groups, width)
+    low, high = reference.code_range(bits, symmetric)
+    if symmetric:
+        top = grouped.abs().amax(-1)
+        bottom = -top
+        step = top / high
+    else:
+        top, bottom = grouped.amax(-1).clamp_min(0), grouped.amin(-1).clamp_max(0)
+        step = (top - bottom) / (high - low)
+    weights = None
+    if importance is not None:
+        weights = torch.nn.functional.pad(importance.to(weight.dtype), (0, extra)).reshape(1, groups, width)
+    best = (step, _zero(bottom, step, low, high, symmetric))
+    if bits == 8:
+        # Eight bits leave nothing to gain from clipping.
+        return _finish(best, bits)
+    least = torch.full_like(step, torch.inf)
+    for shrink in _SHRINK:
+        scale = step * shrink
+        zero = _zero(bottom * shrink, scale, low, high, symmetric)
+        safe = torch.where(scale == 0, 1, scale).unsqueeze(-1)
+        codes = torch.round(grouped / safe)
+        offset = 0 if zero is None else zero.unsqueeze(-1)
+        codes = (codes + offset).clamp_(low, high) - offset
+        gap = codes.mul_(scale.unsqueeze(-1)).sub_(grouped).square_()
+        error = gap.sum(-1) if weights is None else (gap * weights).sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = (
+            torch.where(better, scale, best[0]),
+            None if zero is None or best[1] is None else torch.where(better, zero, best[1]),
+        )
+    return _finish(best, bits)
+
+
+def _zero(bottom: Tensor, scale: Tensor, low: int, high: int, symmetric: bool) -> Tensor | None:
+    if symmetric:
+        return None
+    return (low - torch.round(bottom / torch.where(scale == 0, 1, scale))).clamp(low, high)
+
+
+def _finish(best: _Scales, bits: int) -> _Scales:
+    scale, zero = best
+    return scale, None if zero is None else zero.to(torch.int8 if bits == 8 else torch.uint8)
+
+
+def _better(
+    weight: Tensor, gram: Tensor | None, bits: int, group: int | None, first: _Scales, second: _Scales
+) -> _Scales:
+    """Take, row by row, whichever scales give the smaller error under the Gram matrix."""
+    errors = []
+    for scale, zero in (first, second):
+        values = reference.quantize(weight, scale, zero, bits=bits, group=group)
+        dense = reference.dequantize(values, scale, zero, bits=bits, group=group, features=weight.shape[1])
+        errors.append(row_errors(weight - dense, gram))
+    take = (errors[1] < errors[0]).unsqueeze(1)
+    zero = None if first[1] is None or second[1] is None else torch.where(take, second[1], first[1])
+    return torch.where(take, second[0], first[0]), zero
+
+
+def outline_quantized(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    bits: int,
+    group: int | None,
+    symmetric: bool,
+    activations: bool = False,
+) -> Quantized:
+    """Return what `fit_quantized` would make, on the meta device."""
+    m, n = shape
+    groups = reference.group_count(n, group)
+    code = torch.int8 if bits == 8 else torch.uint8
+    return Quantized(
+        torch.empty(m, n if bits == 8 else -(-n // 2), dtype=code, device="meta"),
+        torch.empty(m, groups, dtype=torch.promote_types(dtype, torch.float32), device="meta"),
+        None if symmetric else torch.empty(m, groups, dtype=code, device="meta"),
+        bits,
+        group,
+        shape,
+        activations,
+        dtype,
+    )

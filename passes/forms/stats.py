@@ -1,0 +1,186 @@
+"""Statistics of what flows into a weight: all that a data-aware fit knows about the data."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recast.patterns.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from recast.passes.forms.operator import Operator
+
+__all__ = ["Stats", "relative_error", "row_errors"]
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """Statistics of the n-dimensional inputs of one weight over `tokens` vectors x.
+
+    Attributes
+    ----------
+    gram
+        (n, n) float64, the sum over tokens of x xᵀ (not divided by their number); None where only cheap statistics were
+        kept.
+    mean
+        (n,), the mean of x.
+    absmax
+        (n,), the largest ``abs(x)`` of each feature; behind an operator without a sample, an upper bound of it.
+    tokens
+        How many vectors were seen.
+    sample
+        (k, n), some of the vectors themselves, or None.
+    """
+
+    gram: Tensor | None
+    mean: Tensor
+    absmax: Tensor
+    tokens: int
+    sample: Tensor | None = None
+
+    @classmethod
+    def from_inputs(cls, x: Tensor, *, sample: int = 0) -> Stats:
+        """Gather the statistics of inputs (..., n); `sample` of the vectors are kept, evenly spaced.
+
+        Examples
+        --------
+        >>> stats = Stats.from_inputs(torch.tensor([[1.0, 2.0], [3.0, -4.0]]))
+        >>> stats.gram.tolist(), stats.absmax.tolist(), stats.tokens
+        ([[10.0, -10.0], [-10.0, 20.0]], [3.0, 4.0], 2)
+        """
+        vectors = x.detach().reshape(-1, x.shape[-1]).double()
+        if vectors.shape[0] == 0:
+            raise CalibrationError("statistics: there is not one input vector; at least one is needed")
+        kept = None
+        if sample:
+            step = max(1, vectors.shape[0] // sample)
+            kept = vectors[::step][:sample].to(x.dtype if x.dtype.is_floating_point else torch.float32)
+        stats = cls(vectors.T @ vectors, vectors.mean(0), vectors.abs().amax(0), vectors.shape[0], kept)
+        stats.check(vectors.shape[1])
+        return stats
+
+    @classmethod
+    def from_gram(cls, gram: Tensor, tokens: int = 1) -> Stats:
+        """Make statistics where only the second moments matter, as inside an alternating fit."""
+        # E[x_i^2] bounds mean_i; absmax is at most the root of the sum of squares.
+        top = gram.diagonal().clamp_min(0).sqrt()
+        return cls(gram, torch.zeros_like(top), top, tokens)
+
+    def check(self, features: int, where: str | None = None) -> None:
+        """Raise CalibrationError unless these are finite statistics of inputs with `features` features."""
+        at = f" at {where}" if where else ""
+        shapes = {"mean": (features,), "absmax": (features,), "gram": (features, features)}
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if tuple(value.shape) != shape:
+                raise CalibrationError(
+                    f"statistics: {name} has shape {tuple(value.shape)} but the weight{at} takes {features} features; "
+                    "they belong to another weight: calibrate this one"
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise CalibrationError(
+                    f"statistics: {name}{at} is not finite; calibration data that overflows is of no use, "
+                    "check the batches or calibrate in float32"
+                )
+        if self.sample is not None and (self.sample.dim() != 2 or self.sample.shape[1] != features):
+            raise CalibrationError(
+                f"statistics: sample{at} has shape {tuple(self.sample.shape)}; (anything, {features}) would work"
+            )
+
+    @property
+    def features(self) -> int:
+        """How many features the inputs have."""
+        return self.mean.shape[0]
+
+    @cached_property
+    def hash(self) -> str:
+        """Digest of every value, equal for equal statistics: a key for what was fitted with them."""
+        digest = hashlib.sha256(str(self.tokens).encode())
+        for name in ("gram", "mean", "absmax", "sample"):
+            value = getattr(self, name)
+            digest.update(name.encode())
+            if value is not None:
+                digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def through(self, operator: Operator) -> Stats:
+        """Return the statistics of ``operator.apply(x)``: A G Aᵀ, A mean, and so on."""
+        matrix = operator.to_dense().detach().double().to(self.mean.device)
+        gram = None
+        if self.gram is not None:
+            gram = matrix @ self.gram.double() @ matrix.T
+            gram = (gram + gram.T) / 2
+        sample = None
+        if self.sample is not None:
+            sample = operator.apply(self.sample.to(operator.dtype)).to(self.sample.dtype)
+        absmax = matrix.abs() @ self.absmax.double()
+        if gram is not None:
+            # Cauchy-Schwarz gives a second bound: no value exceeds the root of the sum of all squares.
+            absmax = torch.minimum(absmax, gram.diagonal().clamp_min(0).sqrt())
+        return replace(self, gram=gram, mean=matrix @ self.mean.double(), absmax=absmax, sample=sample)
+
+    def part(self, features: slice) -> Stats:
+        """Return the statistics of some of the features, as one block of a block-diagonal operator sees them."""
+        return Stats(
+            None if self.gram is None else self.gram[features, features],
+            self.mean[features],
+            self.absmax[features],
+            self.tokens,
+            None if self.sample is None else self.sample[:, features],
+        )
+
+
+def row_errors(difference: Tensor, gram: Tensor | None) -> Tensor:
+    """Squared error of each output row, (m,) float64: the row norms of `difference` (m, n) under the Gram matrix."""
+    total = torch.zeros(difference.shape[0], dtype=torch.float64, device=difference.device)
+    # Slabs of rows bound the memory that the float64 copies take.
+    for start in range(0, difference.shape[0], 512):
+        slab = difference[start : start + 512].double()
+        weighted = slab if gram is None else slab @ gram.to(slab.device, torch.float64)
+        total[start : start + 512] = (weighted * slab).sum(1)
+    return total.clamp_min(0)
+
+
+def relative_error(weight: Tensor, operator: Operator, stats: Stats | None = None) -> tuple[float, float | None]:
+    """Measure how far an operator is from the weight it stands for.
+
+    Parameters
+    ----------
+    weight
+        (m, n), what was asked for.
+    operator
+        What was fitted, of the same shape.
+    stats
+        Statistics of the inputs; the second result needs their Gram matrix.
+
+    Returns
+    -------
+    ``‖W - Ŵ‖ / ‖W‖`` and, with a Gram matrix, ``‖(W - Ŵ)X‖ / ‖WX‖`` (otherwise None), Frobenius norms; 0 for 0 / 0.
+
+    Examples
+    --------
+    >>> from recast.passes.forms import Dense
+    >>> relative_error(torch.eye(2), Dense(torch.diag(torch.tensor([1.0, 0.0]))))
+    (0.7071067811865476, None)
+    """
+    weight = weight.detach()
+    if tuple(weight.shape) != operator.shape:
+        raise ValueError(f"relative_error: weight {tuple(weight.shape)} and operator {operator.shape} differ in shape")
+    gap = weight.double() - operator.to_dense().detach().to(weight.device).double()
+    return _ratio(gap, weight, None), None if stats is None or stats.gram is None else _ratio(gap, weight, stats.gram)
+
+
+def _ratio(gap: Tensor, weight: Tensor, gram: Tensor | None) -> float:
+    error, size = float(row_errors(gap, gram).sum()), float(row_errors(weight, gram).sum())
+    if error == 0:
+        return 0.0
+    return math.sqrt(error / size) if size > 0 else math.inf
