@@ -61,7 +61,7 @@ class Form(abc.ABC):
 
     @property
     def wrapper(self) -> bool:
-        """Whether the form, as a factor of a product, mixes features rather than carrying the weight: it is square there."""
+        """Whether the form, as a factor, mixes features rather than carrying the weight: it is square there."""
         return False
 
     @staticmethod
@@ -104,7 +104,7 @@ class Form(abc.ABC):
 
     @abc.abstractmethod
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Operator | None:
-        """Return the operator that a fit would make, on the meta device; None where that depends on the weight's values.
+        """Return the operator that a fit would make, on the meta device; None where the weight's values decide that.
 
         Its `nbytes`, `cost` and `config` are those of the fitted operator, at no cost.
         """
@@ -207,7 +207,7 @@ class NamedForm(Form):
         return []
 
     def problem(self, shape: tuple[int, int]) -> tuple[str, str] | None:
-        """Say what is wrong with a shape, and what would work, or None: ("does not split into 12 blocks", "8 would")."""
+        """Say what is wrong with a shape, and what would work, or None: ("does not split into 12", "8 would")."""
         return None
 
     def check(self, shape: tuple[int, int], where: str | None = None) -> None:
@@ -239,7 +239,7 @@ class NamedForm(Form):
 
     @classmethod
     def coerce(cls, parameter: str, value: Scalar) -> Scalar:
-        """Check a parameter's name and type, and turn a whole number into a float where one is meant; raises FormError."""
+        """Check a parameter's name and type, making a whole number a float where one is meant; raises FormError."""
         hints = typing.get_type_hints(cls)
         known = [p.name for p in cls.parameters()]
         if parameter not in known:

@@ -88,7 +88,8 @@ class _Parser:
 
     def _read(self, position: int, value: bool) -> None:
         match = _TOKEN.match(self.source, position)
-        assert match is not None and match.lastgroup is not None  # `bad` and `end` match whatever is left
+        if match is None or match.lastgroup is None:  # cannot be: `bad` and `end` match whatever is left
+            raise FormError(f"form: {self.source[position:]!r} cannot be read")
         kind, text, start = match.lastgroup, match[match.lastgroup], match.start(match.lastgroup)
         if kind == "number" and text[0] in "+-" and not value:
             # Between operands a sign is an operator.
