@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import fx
-from torch.fx.node import Target
-
 import torch
+from torch import Tensor, fx
+from torch.fx.node import Target
 
 __all__ = ["Contraction"]
 
@@ -72,6 +71,14 @@ class Contraction:
     def matrix_order(self) -> list[int]:
         """Permutation that brings the weight to ``batch, outputs, inputs``."""
         return [self.w.index(d) for d in self.batch + self.outputs + self.inputs]
+
+    def arrange(self, x: Tensor, index: int | None = None) -> Tensor:
+        """The activation as ``(free..., in_features)``, for a batched weight the slice that meets matrix `index`."""
+        letters = self.batch + self.free + self.inputs
+        x = x.permute([self.x.index(d) for d in letters])
+        if self.batch:
+            x = x.flatten(0, len(self.batch) - 1)[index or 0]
+        return x.flatten(len(self.free))
 
     def emit_input(self, graph: fx.Graph, x: fx.Node, batch: str = "") -> fx.Node:
         """Insert what turns the activation into ``(free..., in_features)``; `batch` letters were selected away before."""

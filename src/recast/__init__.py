@@ -14,3 +14,38 @@ if _absent:
         "This is a git clone made without symbolic links. Clone again with `git clone -c core.symlinks=true URL` "
         "(on Windows: with developer mode on), or install a wheel."
     )
+
+from recast.passes.calibrate import Calibration, calibrate
+from recast.passes.forms import Form, Operator
+from recast.passes.plan import Plan, plan
+from recast.passes.recipe import Recipe, Rule
+from recast.passes.report import Report
+from recast.passes.rewrite import rewrite
+from recast.patterns.capture.export import capture
+from recast.patterns.errors import RecastError
+from recast.patterns.find import Coverage, coverage, find
+from recast.patterns.program import Program
+from recast.patterns.sites import LinearSite, Mismatch, Site
+
+__all__ = [
+    "Calibration",
+    "Coverage",
+    "Form",
+    "LinearSite",
+    "Mismatch",
+    "Operator",
+    "Plan",
+    "Program",
+    "RecastError",
+    "Recipe",
+    "Report",
+    "Rule",
+    "Site",
+    "__version__",
+    "calibrate",
+    "capture",
+    "coverage",
+    "find",
+    "plan",
+    "rewrite",
+]

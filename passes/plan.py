@@ -1,0 +1,421 @@
+"""`Plan`: what is decided for every site, as text one can read, edit and apply again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from recast.passes.allocate import allocate
+from recast.passes.cache import OperatorCache
+from recast.passes.calibrate import Calibration
+from recast.passes.errors_of import predicted_errors
+from recast.passes.forms.form import Form
+from recast.passes.forms.operator import Dense, Operator
+from recast.passes.forms.stats import Stats
+from recast.passes.progress import track
+from recast.passes.recipe import COMPUTE_DTYPES, Recipe
+from recast.patterns.constants import Constants
+from recast.patterns.errors import CoverageError, FormError, PlanError, WeightError, nearest
+from recast.patterns.find import coverage
+from recast.patterns.linear.find import find_linear, matrix_of
+from recast.patterns.program import Program
+from recast.patterns.sites import LinearSite
+
+__all__ = ["Entry", "Plan", "Skip", "Target", "plan", "targets_of"]
+
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Decision for one site, or for one part of a packed weight.
+
+    Parameters
+    ----------
+    name
+        Site name, or ``site.part``.
+    form
+        What it gets.
+    bytes_before, bytes_after
+        Of the weight.
+    flops_before, flops_after
+        For one token.
+    predicted_error
+        Relative error ``|(W - W')X| / |WX|`` of the site's output on the calibration data; without one, of the weight.
+    predicted_weight_error
+        ``|W - W'| / |W|``.
+    """
+
+    name: str
+    form: Form
+    bytes_before: int = 0
+    bytes_after: int = 0
+    flops_before: int = 0
+    flops_after: int = 0
+    predicted_error: float = 0.0
+    predicted_weight_error: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON- and YAML-able form."""
+        return {
+            "form": str(self.form),
+            "predicted_error": float(f"{self.predicted_error:.6g}"),
+            "predicted_weight_error": float(f"{self.predicted_weight_error:.6g}"),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "flops_before": self.flops_before,
+            "flops_after": self.flops_after,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """A site that stays dense, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass
+class Plan:
+    """Decisions for a program. ``str(plan)`` is YAML; only ``form`` of each site and ``compute_dtype`` need be there.
+
+    Parameters
+    ----------
+    fingerprint
+        Of the program decided on.
+    entries
+        By name.
+    skipped
+        Sites that stay dense.
+    compute_dtype
+        ``fp32``, ``bf16``, ``fp16``, or None for as it is.
+    recipe
+        What was asked, for the record.
+    statistics
+        Fingerprint-independent hash of the calibration used, or None.
+    calibration
+        The statistics themselves, when still at hand (not part of the text).
+    coverage
+        Share of matrix parameters matched.
+    """
+
+    fingerprint: str
+    entries: dict[str, Entry]
+    skipped: list[Skip] = dataclasses.field(default_factory=list)
+    compute_dtype: str | None = None
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    statistics: str | None = None
+    calibration: Calibration | None = dataclasses.field(default=None, repr=False, compare=False)
+    coverage: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON- and YAML-able form."""
+        return {
+            "version": _VERSION,
+            "model": self.fingerprint,
+            "statistics": self.statistics,
+            "compute_dtype": self.compute_dtype,
+            "coverage": round(self.coverage, 6),
+            "recipe": self.recipe,
+            "sites": {name: entry.to_dict() for name, entry in self.entries.items()},
+            "skipped": [dataclasses.asdict(s) for s in self.skipped],
+        }
+
+    def __str__(self) -> str:
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, width=120))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as YAML, under a temporary name first."""
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", text=True)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(str(self))
+        Path(temporary).replace(target)
+
+    @staticmethod
+    def parse(text: str, where: str = "plan") -> Plan:
+        """Read a plan from YAML.
+
+        Raises
+        ------
+        PlanError
+            It is not YAML, or a key is unknown.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise PlanError(f"plan: '{where}' is not valid YAML: {error}") from error
+        if not isinstance(data, Mapping) or "sites" not in data:
+            raise PlanError(f"plan: '{where}' is not a plan: a mapping with 'model' and 'sites' is needed, as str(plan) writes it")
+        known = {"version", "model", "statistics", "compute_dtype", "coverage", "recipe", "sites", "skipped"}
+        for key in data:
+            if key not in known:
+                raise PlanError(f"plan: unknown key '{key}' in '{where}'; {nearest(str(key), known)}")
+        if data.get("version", _VERSION) != _VERSION:
+            raise PlanError(f"plan: '{where}' is of version {data['version']}; this recast reads version {_VERSION}")
+        dtype = data.get("compute_dtype")
+        if dtype is not None and dtype not in COMPUTE_DTYPES:
+            raise PlanError(f"plan: compute_dtype '{dtype}' in '{where}' is unknown; {nearest(str(dtype), COMPUTE_DTYPES)}")
+        return Plan(
+            fingerprint=str(data.get("model") or ""),
+            entries={str(name): _entry(str(name), row, where) for name, row in (data["sites"] or {}).items()},
+            skipped=[Skip(str(s["name"]), str(s["reason"])) for s in data.get("skipped") or []],
+            compute_dtype=dtype,
+            recipe=dict(data.get("recipe") or {}),
+            statistics=data.get("statistics"),
+            coverage=float(data.get("coverage", 1.0)),
+        )
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Read a plan file; see `parse`."""
+        try:
+            return Plan.parse(Path(path).read_text(encoding="utf-8"), os.fspath(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"plan: '{path}' cannot be read: {error}") from error
+
+
+def _entry(name: str, row: Any, where: str) -> Entry:
+    if isinstance(row, str):
+        row = {"form": row}
+    if not isinstance(row, Mapping) or "form" not in row:
+        raise PlanError(f"plan: site '{name}' in '{where}' has no form; write '{name}: {{form: int8}}'")
+    fields = {f.name for f in dataclasses.fields(Entry)} - {"name", "form"}
+    for key in row:
+        if key != "form" and key not in fields:
+            raise PlanError(f"plan: unknown key '{key}' at site '{name}' in '{where}'; {nearest(str(key), fields | {'form'})}")
+    try:
+        form = Form.parse(str(row["form"]))
+    except FormError as error:
+        raise PlanError(f"plan: site '{name}' in '{where}': {error}") from error
+    return Entry(name, form, **{k: row[k] for k in row if k != "form"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What an entry of a plan stands for: a site, or some rows of one."""
+
+    name: str
+    site: LinearSite
+    rows: tuple[tuple[int, int], ...] | None
+    matrix: Tensor
+    stats: Stats | None
+
+
+def targets_of(
+    sites: list[LinearSite], constants: Constants, calibration: Calibration | None
+) -> dict[str, Target]:
+    """Every name a plan may speak of: sites, and parts of packed ones as ``site.part``."""
+    found: dict[str, Target] = {}
+    for site in sites:
+        matrix = matrix_of(site.uses[0], constants)
+        stats = calibration[site.name] if calibration is not None and site.name in calibration else None
+        found[site.name] = Target(site.name, site, None, matrix, stats)
+        for part in site.parts:
+            rows = part.rows
+            found[f"{site.name}.{part.name}"] = Target(f"{site.name}.{part.name}", site, rows, matrix, stats)
+    return found
+
+
+def rows_of(target: Target) -> Tensor:
+    """The matrix a target stands for, ``(out_features, in_features)``."""
+    if target.rows is None:
+        return target.matrix
+    if len(target.rows) == 1:
+        start, stop = target.rows[0]
+        return target.matrix[start:stop]
+    import torch
+
+    return torch.cat([target.matrix[start:stop] for start, stop in target.rows])
+
+
+def plan(
+    program: Program,
+    recipe: Any,
+    calibration: Calibration | None = None,
+    *,
+    cache: OperatorCache | None = None,
+    progress: bool | None = None,
+) -> Plan:
+    """Decide on a form for every site, with predicted error and cost; nothing is rewritten yet.
+
+    Parameters
+    ----------
+    program
+        As captured.
+    recipe
+        A form's text, a path to a YAML file, a dict, a `Form` or a `Recipe`.
+    calibration
+        Statistics for data-aware fits and predictions on data.
+    cache
+        Where fitted operators are kept; by default on disk.
+    progress
+        Show a progress bar; by default on a terminal.
+
+    Returns
+    -------
+    Plan
+        Forms that would take more bytes and more operations than dense are refused and listed under ``skipped``.
+
+    Raises
+    ------
+    RecipeError, FormError, WeightError, CalibrationError
+        The recipe cannot be read, does not fit a weight, or weights or statistics are unusable.
+    CoverageError
+        Fewer parameters were matched than ``min_coverage`` asks for.
+
+    Examples
+    --------
+    >>> import torch, recast
+    >>> program = recast.capture(torch.nn.Sequential(torch.nn.Linear(64, 64)).eval(), (torch.randn(3, 64),))
+    >>> recast.plan(program, "int8").entries["0"].bytes_after
+    4352
+    """
+    asked = Recipe.of(recipe)
+    if calibration is not None:
+        calibration.check(program)
+    cache = cache or OperatorCache.default()
+    covered = coverage(program)
+    check_coverage(covered.fraction, asked.min_coverage, covered)
+    constants = Constants(program)
+    sites, _ = find_linear(program, constants)
+    targets = targets_of(sites, constants, calibration)
+    wanted, skipped = _choose(asked, sites)
+    entries: dict[str, Entry] = {}
+    options: dict[str, list[Entry]] = {}
+    for name, forms in track(list(wanted.items()), "fitting", progress):
+        target = targets[name]
+        options[name] = [_measure(target, form, cache) for form in forms]
+    chosen = _decide(options, targets, asked)
+    for name, entry in chosen.items():
+        if isinstance(entry, Skip):
+            skipped.append(entry)
+        else:
+            entries[name] = entry
+    return Plan(
+        fingerprint=program.fingerprint(),
+        entries=entries,
+        skipped=skipped,
+        compute_dtype=asked.compute_dtype,
+        recipe=asked.to_dict(),
+        statistics=_statistics(calibration),
+        calibration=calibration,
+        coverage=covered.fraction,
+    )
+
+
+def check_coverage(found: float, asked: float, covered: Any) -> None:
+    """Raise CoverageError, with the misses, where less was matched than asked."""
+    if found < asked:
+        misses = "\n".join(f"  {m.name} ({m.kind}, {m.parameters:,} parameters): {m.reason}" for m in covered.misses)
+        raise CoverageError(
+            f"coverage: {asked:.1%} of the matrix parameters must be matched, {found:.1%} are; not matched:\n{misses}\n"
+            "lower min_coverage, or see `recast explain MODEL SITE` for what stands in the way"
+        )
+
+
+def _statistics(calibration: Calibration | None) -> str | None:
+    if calibration is None:
+        return None
+    import hashlib
+
+    text = "".join(f"{name}{stats.hash}" for name, stats in sorted(calibration.groups.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _choose(recipe: Recipe, sites: list[LinearSite]) -> tuple[dict[str, list[Form]], list[Skip]]:
+    """Forms to consider for each site or part, by the recipe's rules."""
+    wanted: dict[str, list[Form]] = {}
+    skipped: list[Skip] = []
+    for site in sites:
+        whole, why = recipe.form_for(site.name)
+        parts = [f"{site.name}.{p.name}" for p in site.parts]
+        special = any(recipe.names(p) and not recipe.names(site.name) for p in parts)
+        names = parts if special else [site.name]
+        for name in names:
+            form, why = recipe.form_for(name) if recipe.names(name) or name == site.name else (whole, why)
+            if form is None:
+                skipped.append(Skip(name, f"left dense by the recipe ({why})" if why == "default" else why))
+            elif _is_dense(form):
+                skipped.append(Skip(name, f"dense by the recipe ({why})"))
+            elif site.tied and not (recipe.tied or recipe.names(name)):
+                reason = f"tied: {', '.join(site.tied)} reads the same weight and keeps it dense; name the site in a rule to rewrite it"
+                skipped.append(Skip(name, reason))
+            else:
+                extra = [f for f in recipe.candidates if f != form] if recipe.budget is not None else []
+                wanted[name] = [form, *extra]
+    return wanted, skipped
+
+
+def _is_dense(form: Form) -> bool:
+    return str(form) == "dense"
+
+
+def _measure(target: Target, form: Form, cache: OperatorCache) -> Entry:
+    matrix = rows_of(target)
+    if not bool(matrix.isfinite().all()):
+        raise WeightError(
+            f"plan: the weight of '{target.name}' ({', '.join(target.site.weights)}) holds NaN or infinity; repair the "
+            f"checkpoint, or exclude the site: exclude: ['{target.name}']"
+        )
+    operator = cache.fit(matrix, form, target.stats, where=target.name)
+    return describe(target.name, form, matrix, operator, target.stats)
+
+
+def describe(name: str, form: Form, matrix: Tensor, operator: Operator, stats: Stats | None) -> Entry:
+    """Entry of a fitted operator: bytes, operations and predicted errors."""
+    weight_error, output_error = predicted_errors(matrix, operator, stats)
+    dense = Dense(matrix)
+    return Entry(
+        name=name,
+        form=form,
+        bytes_before=matrix.numel() * matrix.element_size(),
+        bytes_after=operator.nbytes,
+        flops_before=dense.cost(1).flops,
+        flops_after=operator.cost(1).flops,
+        predicted_error=weight_error if output_error is None else output_error,
+        predicted_weight_error=weight_error,
+    )
+
+
+def _decide(options: dict[str, list[Entry]], targets: dict[str, Target], recipe: Recipe) -> dict[str, Entry | Skip]:
+    if recipe.budget is not None:
+        return _under_budget(options, recipe.budget)
+    chosen: dict[str, Entry | Skip] = {}
+    for name, (entry, *_) in options.items():
+        worse = entry.bytes_after >= entry.bytes_before and entry.flops_after >= entry.flops_before
+        if worse and not recipe.allow_larger:
+            chosen[name] = Skip(
+                name,
+                f"{entry.form} would not pay: {entry.bytes_after:,} bytes and {entry.flops_after:,} operations a token, dense "
+                f"takes {entry.bytes_before:,} and {entry.flops_before:,}; allow_larger overrides",
+            )
+        else:
+            chosen[name] = entry
+    return chosen
+
+
+def _under_budget(options: dict[str, list[Entry]], budget: float) -> dict[str, Entry | Skip]:
+    names = list(options)
+    total = sum(options[n][0].bytes_before for n in names)
+    costs = [[options[n][0].bytes_before, *(e.bytes_after for e in options[n])] for n in names]
+    errors = [[0.0, *(e.predicted_error**2 for e in options[n])] for n in names]
+    picks = allocate(errors, costs, budget * total)
+    if picks is None:
+        least = sum(min(c) for c in costs)
+        raise PlanError(
+            f"plan: a budget of {budget:.0%} of {total:,} bytes cannot be met: the smallest candidates take {least:,} bytes "
+            f"({least / total:.1%}); add smaller candidates, such as int4 or low_rank(ratio=0.2), or raise the budget"
+        )
+    chosen: dict[str, Entry | Skip] = {}
+    for name, pick in zip(names, picks, strict=True):
+        chosen[name] = options[name][pick - 1] if pick else Skip(name, "dense fits the budget best here")
+    return chosen

@@ -1,0 +1,43 @@
+"""Progress bars for what takes long: on a terminal by default, silent otherwise."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+__all__ = ["track"]
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], label: str, progress: bool | None = None) -> Iterator[T]:
+    """Iterate with a progress bar on standard error.
+
+    Parameters
+    ----------
+    items
+        What is worked through; its length is shown where it has one.
+    label
+        What is being done.
+    progress
+        True, False, or None for "when standard error is a terminal".
+
+    Examples
+    --------
+    >>> list(track([1, 2, 3], "counting", progress=False))
+    [1, 2, 3]
+    """
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    total = len(items) if hasattr(items, "__len__") else None
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        for item in items:
+            yield item
+            bar.advance(task)

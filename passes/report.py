@@ -1,0 +1,189 @@
+"""`Report`: what happened, predicted beside measured, as data; rendered as a table, JSON or a page."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recast.passes.forms.operator import Dense, Operator
+from recast.passes.forms.stats import Stats, relative_error
+from recast.passes.plan import Entry, Skip
+from recast.patterns.sites import LinearSite
+
+__all__ = ["Report", "SiteRow", "fidelity"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteRow:
+    """One rewritten site (or part of a packed one).
+
+    Parameters
+    ----------
+    name, form
+        What was rewritten, into what.
+    shape
+        ``(out_features, in_features)``.
+    bytes_before, bytes_after
+        Of the weight.
+    flops_before, flops_after
+        For one token.
+    predicted_error, measured_error
+        Relative error of the site's output on calibration data: from the Gram matrix, and by running the operator on the
+        sample; without calibration the weight's error stands for the first and the second is None.
+    weight_error
+        ``|W - W'| / |W|``, measured.
+    spectrum
+        Some singular values of the weight, largest first, relative to the largest (for the picture).
+    kernel
+        What the target runs it with; filled by lowering.
+    """
+
+    name: str
+    form: str
+    shape: tuple[int, int]
+    bytes_before: int
+    bytes_after: int
+    flops_before: int
+    flops_after: int
+    predicted_error: float
+    measured_error: float | None
+    weight_error: float
+    spectrum: tuple[float, ...] = ()
+    kernel: str = "torch"
+
+    @staticmethod
+    def of(
+        entry: Entry, matrix: Tensor, operator: Operator, stats: Stats | None, measured: float | None, site: LinearSite
+    ) -> SiteRow:
+        """Row of a fitted operator."""
+        weight_error, _ = relative_error(matrix, operator)
+        return SiteRow(
+            name=entry.name,
+            form=str(entry.form),
+            shape=(matrix.shape[0], matrix.shape[1]),
+            bytes_before=matrix.numel() * matrix.element_size(),
+            bytes_after=operator.nbytes,
+            flops_before=Dense(matrix).cost(1).flops,
+            flops_after=operator.cost(1).flops,
+            predicted_error=entry.predicted_error,
+            measured_error=measured,
+            weight_error=weight_error,
+            spectrum=_spectrum(matrix),
+        )
+
+
+def _spectrum(matrix: Tensor, points: int = 48) -> tuple[float, ...]:
+    if min(matrix.shape) > 2048:
+        return ()  # a picture is not worth minutes
+    small = matrix.double() @ matrix.double().T if matrix.shape[0] <= matrix.shape[1] else matrix.double().T @ matrix.double()
+    values = torch.linalg.eigvalsh(small).clamp_min(0).sqrt().flip(0)
+    top = float(values[0]) or 1.0
+    picked = torch.linspace(0, len(values) - 1, min(points, len(values))).round().long()
+    return tuple(float(f"{v / top:.4g}") for v in values[picked].tolist())
+
+
+@dataclasses.dataclass
+class Report:
+    """What a rewrite did.
+
+    Parameters
+    ----------
+    model
+        Label of the program.
+    rows
+        Rewritten sites.
+    skipped
+        Sites that stay dense, and why.
+    bytes_before, bytes_after
+        Of the whole program's weights.
+    coverage
+        `Coverage.to_dict` of the program.
+    whole
+        Error of the whole model's outputs on the first calibration batch: `fidelity` for each output; empty without.
+    passes
+        ``{pass: {"soundness", "verified", "note"}}`` in order.
+    target
+        What it was lowered to.
+    """
+
+    model: str
+    rows: list[SiteRow]
+    skipped: list[Skip]
+    bytes_before: int
+    bytes_after: int
+    coverage: dict[str, Any] = dataclasses.field(default_factory=dict)
+    whole: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    passes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    target: str = "eager"
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form (see the design's interface)."""
+        return {
+            "model": self.model,
+            "target": self.target,
+            "bytes": {"before": self.bytes_before, "after": self.bytes_after},
+            "flops_per_token": {
+                "before": sum(r.flops_before for r in self.rows),
+                "after": sum(r.flops_after for r in self.rows),
+            },
+            "coverage": self.coverage,
+            "whole_model": self.whole,
+            "passes": self.passes,
+            "sites": [_row(r) for r in self.rows],
+            "skipped": [dataclasses.asdict(s) for s in self.skipped],
+            "notes": list(self.notes),
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Report:
+        """The report that `to_dict` described."""
+        rows = [SiteRow(**{**r, "shape": tuple(r["shape"]), "spectrum": tuple(r["spectrum"])}) for r in data["sites"]]
+        return Report(
+            model=data["model"],
+            rows=rows,
+            skipped=[Skip(**s) for s in data["skipped"]],
+            bytes_before=data["bytes"]["before"],
+            bytes_after=data["bytes"]["after"],
+            coverage=data["coverage"],
+            whole=data["whole_model"],
+            passes=data["passes"],
+            target=data["target"],
+            notes=list(data.get("notes", [])),
+        )
+
+    def __str__(self) -> str:
+        from recast.passes.render import table_text
+
+        return table_text(self)
+
+
+def _row(row: SiteRow) -> dict[str, Any]:
+    data = dataclasses.asdict(row)
+    data["shape"], data["spectrum"] = list(row.shape), list(row.spectrum)
+    return data
+
+
+def fidelity(reference: Tensor, found: Tensor) -> dict[str, float]:
+    """How near one output is to another: relative error, largest difference, mean and worst cosine of the last axis.
+
+    Examples
+    --------
+    >>> import torch
+    >>> fidelity(torch.eye(2), torch.eye(2))["relative_error"]
+    0.0
+    """
+    a, b = reference.detach().double(), found.detach().double()
+    gap = a - b
+    norm = float(a.norm())
+    result = {
+        "relative_error": float(gap.norm()) / norm if norm else float(gap.norm()),
+        "max_difference": float(gap.abs().max()) if gap.numel() else 0.0,
+    }
+    if a.ndim and a.numel():
+        cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)
+        result["mean_cosine"], result["worst_cosine"] = float(cosine.mean()), float(cosine.min())
+    return result

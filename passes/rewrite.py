@@ -1,0 +1,149 @@
+"""`rewrite`: carry a plan out, verify every pass, and report what happened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recast.passes.base import Context, Pass, Pipeline, Soundness, discover
+from recast.passes.cache import OperatorCache
+from recast.passes.calibrate import Calibration
+from recast.passes.plan import Plan
+from recast.passes.report import Report, fidelity
+from recast.passes.verify import probe_inputs, verify
+from recast.patterns.errors import PlanError, nearest
+from recast.patterns.find import coverage
+from recast.patterns.linear.find import find_linear
+from recast.patterns.program import Program
+
+__all__ = ["pipeline_for", "rewrite"]
+
+
+def pipeline_for(plan: Plan) -> Pipeline:
+    """The passes that carry a plan out."""
+    discover()
+    steps = ["raise_sites,apply_forms"] if plan.entries else []
+    if plan.compute_dtype is not None:
+        steps.append(f"cast{{dtype={plan.compute_dtype}}}")
+    return Pipeline.parse(",".join(steps))
+
+
+def rewrite(
+    program: Program,
+    plan: Plan,
+    *,
+    calibration: Calibration | None = None,
+    cache: OperatorCache | None = None,
+    verification: bool = True,
+    progress: bool | None = None,
+) -> Program:
+    """Carry a plan out.
+
+    Parameters
+    ----------
+    program
+        The program that was planned for; it is not changed.
+    plan
+        As `recast.plan` made it, or as edited and loaded again.
+    calibration
+        Statistics, where the plan was loaded from text and had some; a plan fresh from `recast.plan` brings its own.
+    cache
+        Fitted operators; by default on disk.
+    verification
+        Check structure, metadata, interface, ownership and numbers after every pass.
+    progress
+        Show a progress bar; by default on a terminal.
+
+    Returns
+    -------
+    Program
+        With ``.report``.
+
+    Raises
+    ------
+    PlanError
+        The plan is of another model, names a site that is not there, or the program is in training mode.
+    VerificationError
+        A pass broke something.
+
+    Examples
+    --------
+    >>> import torch, recast
+    >>> program = recast.capture(torch.nn.Sequential(torch.nn.Linear(64, 64)).eval(), (torch.randn(3, 64),))
+    >>> rewritten = recast.rewrite(program, recast.plan(program, "int8"))
+    >>> rewritten.report.rows[0].form
+    'int8'
+    """
+    calibration = calibration or plan.calibration
+    _check(program, plan, calibration)
+    pipeline = pipeline_for(plan)
+    pipeline.check()
+    if program.training and pipeline.soundness is not Soundness.EXACT:
+        raise PlanError(
+            f"rewrite: {program.label} was captured in training mode, where dropout and batch statistics would be frozen in; "
+            "call model.eval() before recast.capture"
+        )
+    context = Context(plan, calibration, cache or OperatorCache.default(), progress)
+    current, passes = program, {}
+    for step in pipeline.passes:
+        following = step.run(current, context)
+        passes[str(step)] = _checked(current, following, step, list(passes), context, verification)
+        current = following
+    if current is program:
+        current = program.copy()
+    current.report = Report(
+        model=program.label,
+        rows=list(context.notes.get("apply_forms", [])),
+        skipped=list(plan.skipped),
+        bytes_before=program.nbytes(),
+        bytes_after=current.nbytes(),
+        coverage=coverage(program).to_dict(),
+        whole=_whole(program, current, context) if passes else {},
+        passes=passes,
+        notes=list(program.notes),
+    )
+    return current
+
+
+def _checked(
+    before: Program, after: Program, step: Pass, done: list[str], context: Context, verification: bool
+) -> dict[str, Any]:
+    if verification:
+        return verify(before, after, step, done, context)
+    return {"soundness": step.soundness.value, "verified": False}
+
+
+def _check(program: Program, plan: Plan, calibration: Calibration | None) -> None:
+    found = program.fingerprint()
+    if plan.fingerprint and plan.fingerprint != found:
+        raise PlanError(f"plan: it was made for model {plan.fingerprint}, this is {found} ({program.label}); plan again")
+    sites, _ = find_linear(program)
+    names = {s.name for s in sites} | {f"{s.name}.{p.name}" for s in sites for p in s.parts}
+    for name in plan.entries:
+        if name not in names:
+            raise PlanError(f"plan: there is no site '{name}' in {program.label}; {nearest(name, names)[:400]}")
+    for site in sites:
+        both = [f"{site.name}.{p.name}" for p in site.parts if f"{site.name}.{p.name}" in plan.entries]
+        if site.name in plan.entries and both:
+            raise PlanError(f"plan: '{site.name}' is planned as a whole and in parts ({', '.join(both)}); keep one of the two")
+    if calibration is not None:
+        calibration.check(program)
+    elif plan.statistics is not None:
+        raise PlanError(
+            f"plan: it was made with calibration {plan.statistics}, which is not at hand; pass it: "
+            "recast.rewrite(program, plan, calibration=recast.Calibration.load(path)), or remove the line 'statistics'"
+        )
+
+
+def _whole(before: Program, after: Program, context: Context) -> dict[str, dict[str, float]]:
+    """Fidelity of each floating output of the whole model on the first calibration batch (random inputs without one)."""
+    probe = context.calibration.probe if context.calibration is not None else probe_inputs(before)
+    with torch.no_grad():
+        reference, found = before.module(*probe), after.module(*probe)
+    return {
+        f"output {i}": fidelity(a, b)
+        for i, (a, b) in enumerate(zip(reference, found, strict=True))
+        if isinstance(a, Tensor) and a.is_floating_point()
+    }

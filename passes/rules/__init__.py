@@ -1,0 +1,1 @@
+"""Passes: one file a rewrite, discovered."""

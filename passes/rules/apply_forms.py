@@ -1,0 +1,115 @@
+"""Apply: put the fitted operators in place of the raised linears."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from recast.passes.base import Context, Pass, Soundness
+from recast.passes.errors_of import measured_errors
+from recast.passes.forms.algebra import RowStack
+from recast.passes.forms.operator import Dense, Operator
+from recast.passes.meta import propagate
+from recast.passes.module import OperatorModule
+from recast.passes.plan import Target, rows_of, targets_of
+from recast.passes.progress import track
+from recast.passes.report import SiteRow
+from recast.patterns.constants import Constants
+from recast.patterns.errors import PlanError
+from recast.patterns.linear.find import find_linear
+from recast.patterns.program import Program, set_by_path
+
+__all__ = ["ApplyForms"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ApplyForms(Pass):
+    """``linear(x, W, b) -> operator(x) + b`` with the operator that the plan's form makes of W."""
+
+    name: ClassVar[str] = "apply_forms"
+    soundness: ClassVar[Soundness] = Soundness.LOSSY
+    requires: ClassVar[tuple[str, ...]] = ("sites raised",)
+    ensures: ClassVar[tuple[str, ...]] = ("forms applied",)
+
+    def run(self, program: Program, context: Context) -> Program:
+        """Replace every marked linear."""
+        result = program.copy()
+        constants = Constants(result)
+        sites, _ = find_linear(result, constants)
+        marked: dict[str, list[fx.Node]] = {}
+        for node in result.graph.nodes:
+            if (name := node.meta.get("recast_site")) is not None:
+                marked.setdefault(name, []).append(node)
+        by_node = {use.product: (site, use) for site in sites for use in site.uses}
+        rows: list[SiteRow] = []
+        for name, nodes in track(list(marked.items()), "rewriting", context.progress):
+            site, use = by_node[nodes[0]]
+            # Names may shift once spelled as linear; the mark holds the name that the plan speaks of.
+            site = dataclasses.replace(site, name=name, uses=(use,))
+            targets = targets_of([site], constants, context.calibration)
+            operator, form, order = _operator(name, targets, context, rows)
+            module = OperatorModule(operator, name, form, order)
+            path = f"recast_operators.{name.replace('.', '_').replace('#', '_')}"
+            set_by_path(result.module, path, module)
+            for node in nodes:
+                _replace(result, node, path)
+        _drop_unused_weights(result)
+        propagate(result)
+        result.graph.lint()
+        result.module.recompile()
+        context.notes[self.name] = rows
+        return result
+
+
+def _replace(program: Program, node: fx.Node, path: str) -> None:
+    bias = node.args[2] if len(node.args) > 2 else None
+    with program.graph.inserting_before(node):
+        call = program.graph.call_module(path, (node.args[0],) if bias is None else (node.args[0], bias))
+    call.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    node.replace_all_uses_with(call)
+    program.graph.erase_node(node)
+
+
+def _drop_unused_weights(program: Program) -> None:
+    program.graph.eliminate_dead_code()
+
+
+def _operator(
+    name: str, targets: dict[str, Target], context: Context, rows: list[SiteRow]
+) -> tuple[Operator, str, Tensor | None]:
+    """Fit a site as a whole, or its parts each in its own form."""
+    entries = context.plan.entries
+    whole = targets[name]
+    if name in entries:
+        return _fit(whole, context, rows), str(entries[name].form), None
+    parts: list[Operator] = []
+    forms: list[str] = []
+    for part in whole.site.parts:
+        target = targets[f"{name}.{part.name}"]
+        if target.name in entries:
+            parts.append(_fit(target, context, rows))
+            forms.append(str(entries[target.name].form))
+        else:
+            parts.append(Dense(rows_of(target).clone()))
+            forms.append("dense")
+    if not parts:
+        raise PlanError(f"plan: nothing is planned for '{name}'")
+    return RowStack(tuple(parts)), "; ".join(forms), _order(whole)
+
+
+def _order(target: Target) -> Tensor | None:
+    """Where each of the model's rows stands among the parts' rows; None if they stand in order."""
+    stacked = torch.cat([torch.arange(a, b) for part in target.site.parts for a, b in part.rows])
+    order = torch.argsort(stacked)
+    return None if bool((order == torch.arange(len(order))).all()) else order
+
+
+def _fit(target: Target, context: Context, rows: list[SiteRow]) -> Operator:
+    entry = context.plan.entries[target.name]
+    matrix = rows_of(target)
+    operator = context.cache.fit(matrix, entry.form, target.stats, where=target.name)
+    rows.append(SiteRow.of(entry, matrix, operator, target.stats, measured_errors(matrix, operator, target.stats), target.site))
+    return operator

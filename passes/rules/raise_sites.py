@@ -1,0 +1,116 @@
+"""Raise: spell the chosen products as `aten.linear` with arrangement around it, whatever way the model wrote them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from recast.passes.base import Context, Pass, Soundness
+from recast.passes.meta import propagate
+from recast.patterns.linear.find import find_linear
+from recast.patterns.program import Program
+from recast.patterns.sites import Use
+
+__all__ = ["RaiseSites"]
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class RaiseSites(Pass):
+    """``y = contraction(x, W) + b  ->  y = arrange'(linear(arrange(x), matrix(W), b))`` at every planned site.
+
+    Each linear that stands for a planned site is marked with ``node.meta["recast_site"]``.
+    """
+
+    name: ClassVar[str] = "raise_sites"
+    soundness: ClassVar[Soundness] = Soundness.EXACT
+    ensures: ClassVar[tuple[str, ...]] = ("sites raised",)
+
+    def run(self, program: Program, context: Context) -> Program:
+        """Raise the sites that the context's plan speaks of."""
+        result = program.copy()
+        sites, _ = find_linear(result)
+        planned = {
+            site.name for site in sites
+            if site.name in context.plan.entries or any(f"{site.name}.{p.name}" in context.plan.entries for p in site.parts)
+        }
+        products: dict[fx.Node, list[tuple[str, Use]]] = {}
+        for site in sites:
+            for use in site.uses:
+                products.setdefault(use.product, []).append((site.name, use))
+        raised = 0
+        for uses in products.values():
+            if any(name in planned for name, _ in uses):
+                raised += _raise(result.graph, uses, planned)
+        result.graph.eliminate_dead_code()
+        propagate(result)
+        result.graph.lint()
+        result.module.recompile()
+        context.notes[self.name] = f"{raised} products raised"
+        return result
+
+
+def _raise(graph: fx.Graph, uses: list[tuple[str, Use]], planned: set[str]) -> int:
+    name, first = uses[0]
+    if first.product.target is aten.linear.default and first.node is first.product and first.addend is None:
+        first.product.meta["recast_site"] = name
+        return 1
+    contraction = first.contraction
+    sizes = dict(zip(contraction.w, first.weight_shape, strict=True))
+    origin = {k: v for k, v in first.node.meta.items() if k != "val"}
+    with graph.inserting_before(first.node):
+        results = []
+        for site, use in uses:
+            x = first.x
+            if contraction.batch:
+                order = [contraction.x.index(d) for d in contraction.batch + "".join(d for d in contraction.x if d not in contraction.batch)]
+                x = graph.call_function(aten.permute.default, (x, order)) if order != sorted(order) else x
+                if len(contraction.batch) > 1:
+                    x = graph.call_function(aten.flatten.using_ints, (x, 0, len(contraction.batch) - 1))
+                x = graph.call_function(aten.select.int, (x, 0, use.index))
+            x = contraction.emit_input(graph, x, contraction.batch)
+            linear = graph.call_function(aten.linear.default, (x, _matrix(graph, use), use.bias))
+            linear.meta = dict(origin)
+            if site in planned:
+                linear.meta["recast_site"] = site
+            results.append(contraction.emit_output(graph, linear, sizes, contraction.batch))
+        y = results[0]
+        if contraction.batch:
+            y = _stack(graph, results, first, sizes)
+        if first.addend is not None:
+            y = graph.call_function(aten.add.Tensor, (y, first.addend))
+    first.node.replace_all_uses_with(y)
+    graph.erase_node(first.node)
+    return len(uses)
+
+
+def _matrix(graph: fx.Graph, use: Use) -> fx.Node:
+    """Nodes that bring the weight to ``(out_features, in_features)``."""
+    contraction, node = use.contraction, use.weight
+    sizes = dict(zip(contraction.w, use.weight_shape, strict=True))
+    if tuple(node.meta["val"].shape) != use.weight_shape:
+        node = graph.call_function(aten.reshape.default, (node, list(use.weight_shape)))
+    order = contraction.matrix_order()
+    if order != sorted(order):
+        node = graph.call_function(aten.permute.default, (node, order))
+    out_features = math.prod(sizes[d] for d in contraction.outputs)
+    in_features = math.prod(sizes[d] for d in contraction.inputs)
+    if len(use.weight_shape) != 2:
+        node = graph.call_function(aten.reshape.default, (node, [-1, out_features, in_features]))
+        node = graph.call_function(aten.select.int, (node, 0, use.index or 0))
+    return node
+
+
+def _stack(graph: fx.Graph, results: list[fx.Node], use: Use, sizes: dict[str, int]) -> fx.Node:
+    contraction = use.contraction
+    y = graph.call_function(aten.stack.default, (results, 0))
+    if len(contraction.batch) > 1:
+        y = graph.call_function(aten.unflatten.int, (y, 0, [sizes[d] for d in contraction.batch]))
+    have = contraction.batch + "".join(d for d in contraction.y if d not in contraction.batch)
+    order = [have.index(d) for d in contraction.y]
+    return y if order == sorted(order) else graph.call_function(aten.permute.default, (y, order))
