@@ -109,8 +109,9 @@ def dequantize(
 
     Examples
     --------
-    >>> dequantize(torch.tensor([[2, -4]], dtype=torch.int8), torch.tensor([[0.5]]), None, bits=8, group=None,
-    features=2) tensor([[ 1., -2.]])
+    >>> codes = torch.tensor([[2, -4]], dtype=torch.int8)
+    >>> dequantize(codes, torch.tensor([[0.5]]), None, bits=8, group=None, features=2)
+    tensor([[ 1., -2.]])
     """
     codes = unpack_int4(values, features) if bits == 4 else values
     numbers = codes.to(scale.dtype)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,40 +11,18 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.algebra import Product, Sum
+from recast.passes.forms.alternating import fit_product, fit_sum, wide_dtype
 from recast.passes.forms.form import Form, data_error
-from recast.passes.forms.linear_algebra import best_left, best_right, leading_subspace, seen_by_left
+from recast.passes.forms.linear_algebra import behind, best_left
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
 __all__ = ["PipeForm", "ProductForm", "SumForm"]
 
-# An alternating fit stops when a round lowers the squared error by less than this fraction, or after so many rounds.
-_GAIN = 1e-3
-_ROUNDS = 20
-
 
 def _wrapped(form: Form, binding: int) -> str:
     return f"({form})" if form.binding < binding else str(form)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a part of a weight is fitted before it takes the weight's own."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _best_round(weight: Tensor, stats: Stats | None, rounds: Iterator[Operator]) -> tuple[float, Operator]:
-    """Run an alternating fit until its error stops falling; return the best there was."""
-    best = next(rounds)
-    least = data_error(weight, best, stats)
-    for _, found in zip(range(_ROUNDS - 1), rounds, strict=False):
-        error = data_error(weight, found, stats)
-        small = error > least * (1 - _GAIN)
-        if error < least:
-            best, least = found, error
-        if small:
-            break
-    return least, best
 
 
 @dataclass(frozen=True)
@@ -85,19 +62,7 @@ class SumForm(Form):
         return Sum(known) if len(known) == len(parts) else None
 
     def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
-        order = sorted(range(len(self.terms)), key=lambda i: str(self.terms[i]))
-        starts = (_best_round(weight, stats, self._rounds(weight, stats, way)) for way in (order, order[::-1]))
-        return min(starts, key=lambda found: found[0])[1]
-
-    def _rounds(self, weight: Tensor, stats: Stats | None, order: list[int]) -> Iterator[Operator]:
-        wide = weight.to(_wide(weight.dtype))
-        parts: dict[int, Operator] = {}
-        while True:
-            for i in order:
-                others = [part.to_dense().to(wide.dtype) for j, part in parts.items() if j != i]
-                rest = wide - sum(others[1:], others[0]) if others else wide
-                parts[i] = self.terms[i].fit(rest, stats).to(weight.dtype)
-            yield Sum(tuple(parts[i] for i in range(len(self.terms))))
+        return fit_sum(self.terms, weight, stats)
 
 
 @dataclass(frozen=True)
@@ -160,69 +125,8 @@ class ProductForm(Form):
         return made
 
     def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
-        left = self.factors[0]
-        right = self.factors[1] if len(self.factors) == 2 else ProductForm(self.factors[1:])
-        inner = self.shapes((weight.shape[0], weight.shape[1]))[0][1]
-        fitting = _TwoFactors(left, right, weight, stats)
-        starts = (_best_round(weight, stats, fitting.rounds(start)) for start in fitting.starts(inner))
-        return min(starts, key=lambda found: found[0])[1]
-
-
-class _TwoFactors:
-    """Alternating fit of ``left @ right`` to one weight."""
-
-    def __init__(self, left: Form, right: Form, weight: Tensor, stats: Stats | None) -> None:
-        self.left, self.right, self.weight, self.stats = left, right, weight, stats
-        self.wide = _wide(weight.dtype)
-
-    def starts(self, inner: int) -> list[Callable[[], Product]]:
-        """List ways to begin: the halves of an SVD, and either factor the identity where its shape allows."""
-        m, n = self.weight.shape
-        found: list[Callable[[], Product]] = []
-        if inner <= min(m, n):
-            found.append(lambda: self._from_right(self._halves(inner)))
-        eye = torch.eye(inner, dtype=self.wide, device=self.weight.device)
-        if inner == n:
-            found.append(lambda: self._from_right(eye))
-        if inner == m:
-            found.append(lambda: self._with_left(self._fit(self.left, eye, None)))
-        return found
-
-    def rounds(self, start: Callable[[], Product]) -> Iterator[Operator]:
-        best = start()
-        least = data_error(self.weight, best, self.stats)
-        while True:
-            yield best
-            # With R fixed, the best L is a fit of the leaf to the unconstrained optimum, under the statistics behind R.
-            for step in (self._improve_left, self._improve_right):
-                found = step(best)
-                error = data_error(self.weight, found, self.stats)
-                if error < least:
-                    best, least = found, error
-
-    def _fit(self, form: Form, target: Tensor, stats: Stats | None) -> Operator:
-        return form.fit(target.to(self.wide), stats).to(self.weight.dtype)
-
-    def _halves(self, inner: int) -> Tensor:
-        gram = None if self.stats is None or self.stats.gram is None else self.stats.gram
-        return leading_subspace(self.weight, gram, rank=inner).T @ self.weight.double()
-
-    def _left_for(self, right: Operator) -> Product:
-        seen = seen_by_left(right, self.stats)
-        return Product(self._fit(self.left, best_left(self.weight, right, self.stats, seen), seen), right)
-
-    def _from_right(self, target: Tensor) -> Product:
-        return self._left_for(self._fit(self.right, target, self.stats))
-
-    def _with_left(self, left: Operator) -> Product:
-        return Product(left, self._fit(self.right, best_right(self.weight, left), self.stats))
-
-    def _improve_left(self, now: Product) -> Product:
-        return self._left_for(now.right)
-
-    def _improve_right(self, now: Product) -> Product:
-        # Projection: the metric that L puts on R's rows is left out, which is why it is kept only if it helps.
-        return self._left_for(self._with_left(now.left).right)
+        shapes = self.shapes((weight.shape[0], weight.shape[1]))
+        return fit_product(self.factors, shapes, weight, stats)
 
 
 @dataclass(frozen=True)
@@ -291,7 +195,7 @@ class PipeForm(Form):
             return plain
         # The left factor can make up for what refitting changed in the right one: solve for it anew before refitting
         # it.
-        seen = seen_by_left(plain.right, stats)
-        target = best_left(weight, plain.right, stats, seen).to(_wide(weight.dtype))
+        seen, gram = behind(plain.right, stats)
+        target = best_left(weight, plain.right, stats, gram).to(wide_dtype(weight.dtype))
         mended = Product(self.right.fit(target, seen).to(weight.dtype), plain.right)
         return min((plain, mended), key=lambda found: data_error(weight, found, stats))

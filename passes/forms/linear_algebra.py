@@ -8,7 +8,7 @@ from torch import Tensor
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.stats import Stats
 
-__all__ = ["best_left", "best_right", "leading_subspace", "pseudo_inverse", "seen_by_left"]
+__all__ = ["behind", "best_left", "leading_subspace", "pseudo_inverse"]
 
 # Below this fraction of the largest eigenvalue, a direction of the data counts as never seen.
 CUTOFF = 1e-10
@@ -102,23 +102,19 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def seen_by_left(right: Operator, stats: Stats | None) -> Stats:
-    """Return the statistics of what flows out of the right factor of a product; without data, of white inputs."""
+def behind(right: Operator, stats: Stats | None) -> tuple[Stats, Tensor]:
+    """Return the statistics of what leaves the right factor, and their Gram matrix; without data, of white inputs."""
     if stats is not None and stats.gram is not None:
-        return stats.through(right)
+        seen = stats.through(right)
+        if seen.gram is not None:
+            return seen, seen.gram
     dense = right.to_dense().detach().double()
-    return Stats.from_gram(_symmetric(dense @ dense.T))
+    gram = _symmetric(dense @ dense.T)
+    return Stats.from_gram(gram), gram
 
 
-def best_left(weight: Tensor, right: Operator, stats: Stats | None, seen: Stats) -> Tensor:
-    """Find the L (m, k) that minimises ``‖(W - L R) X‖``: ``W G Rᵀ (R G Rᵀ)⁺``, float64; `seen` holds R G Rᵀ."""
+def best_left(weight: Tensor, right: Operator, stats: Stats | None, seen: Tensor) -> Tensor:
+    """Find the L (m, k) that minimises ``‖(W - L R) X‖``: ``W G Rᵀ (R G Rᵀ)⁺``, float64; `seen` is R G Rᵀ."""
     dense = right.to_dense().detach().double()
     weighted = weight.double() @ (dense.T if stats is None or stats.gram is None else stats.gram.double() @ dense.T)
-    assert seen.gram is not None  # `seen_by_left` always gives one
-    return weighted @ pseudo_inverse(seen.gram)
-
-
-def best_right(weight: Tensor, left: Operator) -> Tensor:
-    """Find the R (k, n) that minimises ``‖(W - L R) X‖`` whatever X is: ``L⁺ W``, float64."""
-    dense = left.to_dense().detach().double()
-    return pseudo_inverse(dense.T @ dense) @ (dense.T @ weight.double())
+    return weighted @ pseudo_inverse(seen)

@@ -75,6 +75,11 @@ class LowRank(NamedForm):
         small = min(shape)
         return [cls(rank=rank) for rank in sorted({1, max(1, small // 3), max(1, small // 2), small})]
 
+    @property
+    def fixed_point(self) -> bool:
+        # A share of the energy is cut off again each time.
+        return self.energy is None
+
     def rank_for(self, shape: tuple[int, int]) -> int | None:
         """Return the rank for a weight (m, n), or None where it depends on the weight."""
         m, n = shape

@@ -1,0 +1,145 @@
+"""Fits that take turns: terms of a sum, factors of a product."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from recast.passes.forms.algebra import Product, Sum
+from recast.passes.forms.form import Form, data_error
+from recast.passes.forms.linear_algebra import behind, best_left, leading_subspace, pseudo_inverse
+from recast.passes.forms.operator import Operator
+from recast.passes.forms.stats import Stats
+
+__all__ = ["fit_product", "fit_sum", "wide_dtype"]
+
+# A fit stops when a round lowers the squared error by less than this fraction, or after so many rounds.
+_GAIN = 1e-3
+_ROUNDS = 20
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a part of a weight is fitted before it takes the weight's own."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _best_round(weight: Tensor, stats: Stats | None, rounds: Iterator[Operator]) -> tuple[float, Operator]:
+    """Run rounds until the error stops falling; return the least error and its operator, never worse than the first."""
+    best = next(rounds)
+    least = data_error(weight, best, stats)
+    for _, found in zip(range(_ROUNDS - 1), rounds, strict=False):
+        error = data_error(weight, found, stats)
+        small = error > least * (1 - _GAIN)
+        if error < least:
+            best, least = found, error
+        if small:
+            break
+    return least, best
+
+
+def fit_sum(terms: Sequence[Form], weight: Tensor, stats: Stats | None) -> Operator:
+    """Fit each term in turn to what the others leave, for two orders of turns, and return the best found."""
+    order = sorted(range(len(terms)), key=lambda i: str(terms[i]))
+    starts = [_best_round(weight, stats, _sum_rounds(terms, weight, stats, way)) for way in (order, order[::-1])]
+    return min(starts, key=lambda found: found[0])[1]
+
+
+def _sum_rounds(terms: Sequence[Form], weight: Tensor, stats: Stats | None, order: list[int]) -> Iterator[Operator]:
+    wide = weight.to(wide_dtype(weight.dtype))
+    parts: dict[int, Operator] = {}
+    while True:
+        for i in order:
+            rest = wide
+            for j, part in parts.items():
+                if j != i:
+                    rest = rest - part.to_dense().to(wide.dtype)
+            parts[i] = terms[i].fit(rest, stats).to(weight.dtype)
+        yield Sum(tuple(parts[i] for i in range(len(terms))))
+
+
+def fit_product(
+    factors: Sequence[Form], shapes: Sequence[tuple[int, int]], weight: Tensor, stats: Stats | None
+) -> Operator:
+    """Fit each factor in turn with the others held, from several starts, and return the best found.
+
+    With everything to the right of the first factor held, min over L of ``‖(W - L R) X‖`` is a fit of L's form to
+    ``W G Rᵀ (R G Rᵀ)⁺`` under the statistics behind R, exactly. For a factor with others to its left the target is also
+    multiplied by their pseudo-inverse, a projection that need not help: the change is kept only if it does.
+    """
+    turns = _Turns(factors, shapes, weight, stats)
+    starts = [_best_round(weight, stats, turns.rounds(start)) for start in turns.starts()]
+    return min(starts, key=lambda found: found[0])[1]
+
+
+Parts = tuple[Operator, ...]
+
+
+class _Turns:
+    def __init__(
+        self, factors: Sequence[Form], shapes: Sequence[tuple[int, int]], weight: Tensor, stats: Stats | None
+    ) -> None:
+        self.factors, self.shapes, self.weight, self.stats = factors, shapes, weight, stats
+
+    def starts(self) -> Iterator[Parts]:
+        """Begin with one factor carrying the weight and identities around it, and with the halves of SVDs."""
+        square = [m == n for m, n in self.shapes]
+        for carrier in range(len(self.factors)):
+            if all(is_square for i, is_square in enumerate(square) if i != carrier):
+                around = [
+                    None if i == carrier else self._fit(i, torch.eye(n), None) for i, (_, n) in enumerate(self.shapes)
+                ]
+                yield self._solved(around, carrier)
+        if all(inner <= min(self.weight.shape) for inner, _ in self.shapes[1:]):
+            yield self._split()
+
+    def _split(self) -> Parts:
+        parts: list[Operator] = []
+        rest, stats = self.weight.double(), self.stats
+        for i in range(len(self.factors) - 1, 0, -1):
+            gram = None if stats is None else stats.gram
+            half = leading_subspace(rest, gram, rank=self.shapes[i][0]).T @ rest
+            parts.append(self._fit(i, half, stats))
+            seen, seen_gram = behind(parts[-1], stats)
+            rest, stats = best_left(rest, parts[-1], stats, seen_gram), seen
+        return (self._fit(0, rest, stats), *reversed(parts))
+
+    def rounds(self, parts: Parts) -> Iterator[Operator]:
+        least = data_error(self.weight, _multiplied(parts), self.stats)
+        while True:
+            yield _multiplied(parts)
+            for i in range(len(parts)):
+                tried = self._solved(parts, i)
+                # What is lost in a factor within, the first factor can make up for.
+                for candidate in (tried,) if i == 0 else (tried, self._solved(tried, 0)):
+                    error = data_error(self.weight, _multiplied(candidate), self.stats)
+                    if error < least:
+                        parts, least = candidate, error
+
+    def _solved(self, parts: Sequence[Operator | None], i: int) -> Parts:
+        """Fit factor i to its target, all others held."""
+        before, after = _present(parts[:i]), _present(parts[i + 1 :])
+        target, seen = self.weight.double(), self.stats
+        if after:
+            right = _multiplied(after)
+            seen, gram = behind(right, self.stats)
+            target = best_left(self.weight, right, self.stats, gram)
+        if before:
+            left = _multiplied(before).to_dense().double()
+            target = pseudo_inverse(left.T @ left) @ (left.T @ target)
+        return (*before, self._fit(i, target, seen), *after)
+
+    def _fit(self, i: int, target: Tensor, stats: Stats | None) -> Operator:
+        target = target.to(self.weight.device, wide_dtype(self.weight.dtype))
+        return self.factors[i].fit(target, stats).to(self.weight.dtype)
+
+
+def _present(parts: Sequence[Operator | None]) -> Parts:
+    return tuple(part for part in parts if part is not None)
+
+
+def _multiplied(parts: Parts) -> Operator:
+    """Nest factors to the right: a(b(c))."""
+    return functools.reduce(lambda right, left: Product(left, right), reversed(parts))
