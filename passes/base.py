@@ -48,6 +48,8 @@ class Context:
         Fitted operators.
     progress
         Whether to show progress bars (None: on a terminal).
+    pictures
+        Whether to gather what only the report's pictures need (spectra).
     notes
         ``{pass name: what it did}``, filled by the passes.
     """
@@ -56,6 +58,7 @@ class Context:
     calibration: Calibration | None
     cache: OperatorCache
     progress: bool | None = None
+    pictures: bool = True
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,14 +13,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from recast.passes.errors_of import measured_errors, predicted_errors
 from recast.passes.forms.form import Form
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.stats import Stats
-from recast.patterns.errors import RecastError
+from recast.patterns.errors import RecastError, WeightError
 from recast.patterns.program import tensor_digest
 
-__all__ = ["OperatorCache", "cache_directory"]
+__all__ = ["Fitted", "OperatorCache", "cache_directory"]
 
 _VERSION = "1"  # raise it when a fit or a stored layout changes
 
@@ -34,8 +37,39 @@ def cache_directory() -> Path | None:
     return Path(os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache") / "recast"
 
 
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A fitted operator and its errors.
+
+    Parameters
+    ----------
+    operator
+        What was fitted.
+    weight_error
+        ``|W - W'| / |W|``.
+    predicted_error
+        Relative error of the output on the calibration data, from its Gram matrix; the weight's error without calibration.
+    measured_error
+        The same by running the operator on the calibration sample; None without calibration.
+    """
+
+    operator: Operator
+    weight_error: float
+    predicted_error: float
+    measured_error: float | None
+
+    @staticmethod
+    def of(weight: Tensor, operator: Operator, stats: Stats | None) -> Fitted:
+        """Compute the errors of an operator."""
+        weight_error, output_error = predicted_errors(weight, operator, stats)
+        predicted = weight_error if output_error is None else output_error
+        return Fitted(operator, weight_error, predicted, measured_errors(weight, operator, stats))
+
+
 class OperatorCache:
     """Fits each weight once: the key is the weight's content, the form, the statistics and the version.
+
+    A weight whose storage was released after fitting is recognised by its storage.
 
     Parameters
     ----------
@@ -45,7 +79,8 @@ class OperatorCache:
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
-        self.memory: dict[str, Operator] = {}
+        self.memory: dict[str, Fitted] = {}
+        self.held: dict[tuple[object, ...], tuple[StorageWeakRef, int, Fitted]] = {}
         self.fits = 0
         self.hits = 0
 
@@ -54,17 +89,35 @@ class OperatorCache:
         """The cache in `cache_directory`."""
         return OperatorCache(cache_directory())
 
-    def fit(self, weight: Tensor, form: Form, stats: Stats | None, *, where: str | None = None) -> Operator:
-        """Fitted operator of a weight: from memory, from disk, or fitted now."""
+    def fit(self, weight: Tensor, form: Form, stats: Stats | None, *, where: str | None = None) -> Fitted:
+        """Fitted operator of a weight: from memory, from disk, or fitted now.
+
+        Raises
+        ------
+        WeightError
+            The weight is not finite, or its storage was released before it was ever fitted.
+        """
+        storage = weight.untyped_storage()
+        place = (storage._cdata, weight.storage_offset(), tuple(weight.shape), weight.stride(), weight.dtype)
+        identity = (*place, str(form), stats.hash if stats else "-")
+        released = storage.nbytes() == 0
+        if identity in self.held:
+            reference, version, fitted = self.held[identity]
+            if not reference.expired() and (released or version == weight._version):
+                self.hits += 1
+                return fitted
+        if released:
+            raise WeightError(f"the dense weight of '{where}' was released before '{form}' was fitted to it; load the model again")
         key = self.key(weight, form, stats)
         found = self.memory.get(key) or self._read(key)
         if found is None:
-            found = form.fit(weight.detach(), stats, where=where)
+            found = Fitted.of(weight.detach(), form.fit(weight.detach(), stats, where=where), stats)
             self.fits += 1
             self._write(key, found)
         else:
             self.hits += 1
         self.memory[key] = found
+        self.held[identity] = (StorageWeakRef(storage), weight._version, found)
         return found
 
     @staticmethod
@@ -76,7 +129,7 @@ class OperatorCache:
     def _path(self, key: str) -> Path | None:
         return self.directory / "operators" / key[:2] / f"{key}.safetensors" if self.directory else None
 
-    def _read(self, key: str) -> Operator | None:
+    def _read(self, key: str) -> Fitted | None:
         path = self._path(key)
         if path is None or not path.is_file():
             return None
@@ -86,16 +139,19 @@ class OperatorCache:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             if meta.get("digest") != _digest(tensors):
                 return None  # damaged on disk: fit again
-            return Operator.from_config(json.loads(meta["config"]), tensors)
+            errors = json.loads(meta["errors"])
+            return Fitted(Operator.from_config(json.loads(meta["config"]), tensors), *errors)
         except (OSError, SafetensorError, RecastError, ValueError, KeyError):
             return None  # written by another version, or cut short: fit again
 
-    def _write(self, key: str, operator: Operator) -> None:
+    def _write(self, key: str, fitted: Fitted) -> None:
         path = self._path(key)
         if path is None:
             return
+        operator = fitted.operator
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in operator.tensors().items()}
-        meta = {"config": json.dumps(operator.config()), "digest": _digest(tensors)}
+        errors = (fitted.weight_error, fitted.predicted_error, fitted.measured_error)
+        meta = {"config": json.dumps(operator.config()), "errors": json.dumps(errors), "digest": _digest(tensors)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # A name of its own, then a rename: another process sees the old state or the whole new file.

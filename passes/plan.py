@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
 from recast.passes.allocate import allocate
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration
-from recast.passes.errors_of import predicted_errors
 from recast.passes.forms.form import Form
-from recast.passes.forms.operator import Dense, Operator
+from recast.passes.forms.operator import Dense
 from recast.passes.forms.stats import Stats
 from recast.passes.progress import track
 from recast.passes.recipe import COMPUTE_DTYPES, Recipe
 from recast.patterns.constants import Constants
-from recast.patterns.errors import CoverageError, FormError, PlanError, WeightError, nearest
+from recast.patterns.errors import CoverageError, FormError, PlanError, nearest
 from recast.patterns.find import coverage
 from recast.patterns.linear.find import find_linear, matrix_of
 from recast.patterns.program import Program
@@ -232,8 +233,6 @@ def rows_of(target: Target) -> Tensor:
     if len(target.rows) == 1:
         start, stop = target.rows[0]
         return target.matrix[start:stop]
-    import torch
-
     return torch.cat([target.matrix[start:stop] for start, stop in target.rows])
 
 
@@ -325,8 +324,6 @@ def check_coverage(found: float, asked: float, covered: Any) -> None:
 def _statistics(calibration: Calibration | None) -> str | None:
     if calibration is None:
         return None
-    import hashlib
-
     text = "".join(f"{name}{stats.hash}" for name, stats in sorted(calibration.groups.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -361,28 +358,17 @@ def _is_dense(form: Form) -> bool:
 
 def _measure(target: Target, form: Form, cache: OperatorCache) -> Entry:
     matrix = rows_of(target)
-    if not bool(matrix.isfinite().all()):
-        raise WeightError(
-            f"plan: the weight of '{target.name}' ({', '.join(target.site.weights)}) holds NaN or infinity; repair the "
-            f"checkpoint, or exclude the site: exclude: ['{target.name}']"
-        )
-    operator = cache.fit(matrix, form, target.stats, where=target.name)
-    return describe(target.name, form, matrix, operator, target.stats)
-
-
-def describe(name: str, form: Form, matrix: Tensor, operator: Operator, stats: Stats | None) -> Entry:
-    """Entry of a fitted operator: bytes, operations and predicted errors."""
-    weight_error, output_error = predicted_errors(matrix, operator, stats)
+    fitted = cache.fit(matrix, form, target.stats, where=target.name)
     dense = Dense(matrix)
     return Entry(
-        name=name,
+        name=target.name,
         form=form,
         bytes_before=matrix.numel() * matrix.element_size(),
-        bytes_after=operator.nbytes,
+        bytes_after=fitted.operator.nbytes,
         flops_before=dense.cost(1).flops,
-        flops_after=operator.cost(1).flops,
-        predicted_error=weight_error if output_error is None else output_error,
-        predicted_weight_error=weight_error,
+        flops_after=fitted.operator.cost(1).flops,
+        predicted_error=fitted.predicted_error,
+        predicted_weight_error=fitted.weight_error,
     )
 
 

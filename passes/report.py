@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recast.passes.forms.operator import Dense, Operator
-from recast.passes.forms.stats import Stats, relative_error
+from recast.passes.cache import Fitted
+from recast.passes.forms.operator import Dense
 from recast.passes.plan import Entry, Skip
-from recast.patterns.sites import LinearSite
 
 __all__ = ["Report", "SiteRow", "fidelity"]
 
@@ -55,23 +54,20 @@ class SiteRow:
     kernel: str = "torch"
 
     @staticmethod
-    def of(
-        entry: Entry, matrix: Tensor, operator: Operator, stats: Stats | None, measured: float | None, site: LinearSite
-    ) -> SiteRow:
+    def of(entry: Entry, matrix: Tensor, fitted: Fitted, *, pictures: bool) -> SiteRow:
         """Row of a fitted operator."""
-        weight_error, _ = relative_error(matrix, operator)
         return SiteRow(
             name=entry.name,
             form=str(entry.form),
             shape=(matrix.shape[0], matrix.shape[1]),
             bytes_before=matrix.numel() * matrix.element_size(),
-            bytes_after=operator.nbytes,
+            bytes_after=fitted.operator.nbytes,
             flops_before=Dense(matrix).cost(1).flops,
-            flops_after=operator.cost(1).flops,
+            flops_after=fitted.operator.cost(1).flops,
             predicted_error=entry.predicted_error,
-            measured_error=measured,
-            weight_error=weight_error,
-            spectrum=_spectrum(matrix),
+            measured_error=fitted.measured_error,
+            weight_error=fitted.weight_error,
+            spectrum=_spectrum(matrix) if pictures else (),
         )
 
 
@@ -138,6 +134,11 @@ class Report:
             "notes": list(self.notes),
         }
 
+    def on(self, target: str, kernels: dict[str, str]) -> Report:
+        """The same report for a target, with the kernel that each site got."""
+        rows = [dataclasses.replace(r, kernel=_kernel(r.name, kernels)) for r in self.rows]
+        return dataclasses.replace(self, rows=rows, target=target)
+
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Report:
         """The report that `to_dict` described."""
@@ -159,6 +160,11 @@ class Report:
         from recast.passes.render import table_text
 
         return table_text(self)
+
+
+def _kernel(name: str, kernels: dict[str, str]) -> str:
+    """Kernel of a site, or of the packed site that a part belongs to."""
+    return kernels.get(name) or kernels.get(name.rpartition(".")[0]) or "torch"
 
 
 def _row(row: SiteRow) -> dict[str, Any]:

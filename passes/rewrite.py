@@ -38,6 +38,7 @@ def rewrite(
     cache: OperatorCache | None = None,
     verification: bool = True,
     progress: bool | None = None,
+    pictures: bool = True,
 ) -> Program:
     """Carry a plan out.
 
@@ -55,6 +56,8 @@ def rewrite(
         Check structure, metadata, interface, ownership and numbers after every pass.
     progress
         Show a progress bar; by default on a terminal.
+    pictures
+        Gather what the report's pictures need; False saves a little time.
 
     Returns
     -------
@@ -85,7 +88,7 @@ def rewrite(
             f"rewrite: {program.label} was captured in training mode, where dropout and batch statistics would be frozen in; "
             "call model.eval() before recast.capture"
         )
-    context = Context(plan, calibration, cache or OperatorCache.default(), progress)
+    context = Context(plan, calibration, cache or OperatorCache.default(), progress, pictures)
     current, passes = program, {}
     for step in pipeline.passes:
         following = step.run(current, context)
@@ -93,6 +96,7 @@ def rewrite(
         current = following
     if current is program:
         current = program.copy()
+    current.plan = plan
     current.report = Report(
         model=program.label,
         rows=list(context.notes.get("apply_forms", [])),

@@ -117,6 +117,7 @@ class Program:
     label: str = "program"
     notes: list[str] = dataclasses.field(default_factory=list)
     report: Any = None
+    plan: Any = None
 
     @property
     def graph(self) -> fx.Graph:

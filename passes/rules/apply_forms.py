@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 
 from recast.passes.base import Context, Pass, Soundness
-from recast.passes.errors_of import measured_errors
 from recast.passes.forms.algebra import RowStack
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.meta import propagate
@@ -110,6 +109,6 @@ def _order(target: Target) -> Tensor | None:
 def _fit(target: Target, context: Context, rows: list[SiteRow]) -> Operator:
     entry = context.plan.entries[target.name]
     matrix = rows_of(target)
-    operator = context.cache.fit(matrix, entry.form, target.stats, where=target.name)
-    rows.append(SiteRow.of(entry, matrix, operator, target.stats, measured_errors(matrix, operator, target.stats), target.site))
-    return operator
+    fitted = context.cache.fit(matrix, entry.form, target.stats, where=target.name)
+    rows.append(SiteRow.of(entry, matrix, fitted, pictures=context.pictures))
+    return fitted.operator

@@ -15,6 +15,7 @@ if _absent:
         "(on Windows: with developer mode on), or install a wheel."
     )
 
+from recast.lowering.artifact import Artifact, load, lower, optimize
 from recast.passes.calibrate import Calibration, calibrate
 from recast.passes.forms import Form, Operator
 from recast.passes.plan import Plan, plan
@@ -28,6 +29,7 @@ from recast.patterns.program import Program
 from recast.patterns.sites import LinearSite, Mismatch, Site
 
 __all__ = [
+    "Artifact",
     "Calibration",
     "Coverage",
     "Form",
@@ -46,6 +48,9 @@ __all__ = [
     "capture",
     "coverage",
     "find",
+    "load",
+    "lower",
+    "optimize",
     "plan",
     "rewrite",
 ]

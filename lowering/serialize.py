@@ -1,0 +1,259 @@
+"""Programs as JSON and tensors: nothing is pickled, and nothing in a file is run but operations named by it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from recast.lowering.spec import decode_spec, encode_spec
+from recast.passes.forms.operator import Operator
+from recast.passes.meta import propagate
+from recast.passes.module import OperatorModule
+from recast.patterns.errors import ArtifactError
+from recast.patterns.linear.packing import size_hint
+from recast.patterns.program import Interface, Program, get_by_path, set_by_path
+
+__all__ = ["program_from", "program_to"]
+
+_NAMED: dict[str, dict[str, Any]] = {
+    "dtype": {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)},
+    "layout": {str(v): v for v in vars(torch).values() if isinstance(v, torch.layout)},
+    "memory_format": {str(v): v for v in vars(torch).values() if isinstance(v, torch.memory_format)},
+}
+_MODULES = {"_operator": operator, "operator": operator, "math": math}
+
+
+def program_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Describe a program: JSON-able structure, and tensors by name."""
+    tensors: dict[str, Tensor] = {}
+    strides: dict[str, list[int]] = {}
+    operators: dict[str, Any] = {}
+    nodes = []
+    for node in program.graph.nodes:
+        row: dict[str, Any] = {"op": node.op, "name": node.name, "target": _target_text(node)}
+        if node.op == "get_attr":
+            value = get_by_path(program.module, node.target)
+            tensors[node.target] = value.detach()
+            if not value.is_contiguous():
+                strides[node.target] = list(value.stride())
+        elif node.op == "call_module":
+            module = program.module.get_submodule(node.target)
+            if not isinstance(module, OperatorModule):
+                raise ArtifactError(f"artifact: '{node.target}' is a {type(module).__name__}, which cannot be saved")
+            operators[node.target] = {"config": module.structure.config(), "site": module.site, "form": module.form}
+            for name, tensor in module.operator.tensors().items():
+                tensors[f"{node.target}/{name}"] = tensor.detach()
+            if module.order is not None:
+                tensors[f"{node.target}//order"] = module.order
+        if node.op != "get_attr":
+            row["args"], row["kwargs"] = _encode(node.args), _encode(dict(node.kwargs))
+        if node.op == "placeholder":
+            row["value"] = _describe(node.meta.get("val"))
+        nodes.append(row)
+    interface = program.interface
+    data = {
+        "nodes": nodes,
+        "operators": operators,
+        "strides": strides,
+        "aliases": program.aliases,
+        "door": program.door,
+        "training": program.training,
+        "label": program.label,
+        "notes": program.notes,
+        "interface": {
+            "parameters": list(interface.parameters),
+            "args": list(interface.args),
+            "kwargs": list(interface.kwargs),
+            "in_spec": encode_spec(interface.in_spec),
+            "out_spec": encode_spec(interface.out_spec),
+            "constants": {str(k): _encode(v) for k, v in interface.constants.items()},
+            "mutations": [list(m) for m in interface.mutations],
+        },
+    }
+    return data, _independent(tensors)
+
+
+def _independent(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as safetensors wants them."""
+    return {name: t.cpu().contiguous() if _alone(t, name, tensors) else t.cpu().clone() for name, t in tensors.items()}
+
+
+def _alone(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> bool:
+    own = tensor.untyped_storage().data_ptr()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return whole and not any(other.untyped_storage().data_ptr() == own for n, other in tensors.items() if n != name)
+
+
+def _target_text(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"torch.ops.{target}"
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
+
+
+def _describe(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return None
+    return {
+        "dtype": str(value.dtype),
+        "shape": [s if isinstance(s, int) else str(s.node.expr) for s in value.shape],
+        "example": [size_hint(s) for s in value.shape],
+    }
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(v) for v in value]}
+    if isinstance(value, list):
+        return [_encode(v) for v in value]
+    if isinstance(value, dict):
+        return {"dict": [[k, _encode(v)] for k, v in value.items()]}
+    if isinstance(value, slice):
+        return {"slice": [_encode(v) for v in (value.start, value.stop, value.step)]}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    for kind, table in _NAMED.items():
+        if str(value) in table and table[str(value)] is value:
+            return {kind: str(value)}
+    raise ArtifactError(f"artifact: an argument of type {type(value).__name__} ({value!r}) cannot be saved")
+
+
+def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, nodes) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return nodes[content]
+    if kind == "tuple":
+        return tuple(_decode(v, nodes) for v in content)
+    if kind == "dict":
+        return {k: _decode(v, nodes) for k, v in content}
+    if kind == "slice":
+        return slice(*(_decode(v, nodes) for v in content))
+    if kind == "float":
+        return float(content)
+    if kind == "device":
+        return torch.device(content)
+    return _NAMED[kind][content]
+
+
+def _target(text: str) -> Callable[..., Any]:
+    """Operation of a name: an overload under ``torch.ops``, or plain arithmetic on sizes; nothing else can be named."""
+    namespace, _, rest = text.partition(".")
+    if text.startswith("torch.ops."):
+        found: Any = torch.ops
+        for part in text.removeprefix("torch.ops.").split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, torch._ops.OpOverload):
+            return found
+        raise ArtifactError(f"artifact: operation '{text}' is not known to torch {torch.__version__}; import the package that defines it")
+    if namespace in _MODULES and not rest.startswith("_") and callable(getattr(_MODULES[namespace], rest, None)):
+        return getattr(_MODULES[namespace], rest)  # type: ignore[no-any-return]
+    if namespace == "torch" and rest.startswith("sym_") and callable(getattr(torch, rest, None)):
+        return getattr(torch, rest)  # type: ignore[no-any-return]
+    raise ArtifactError(f"artifact: operation '{text}' may not be named in an artifact")
+
+
+def program_from(data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
+    """Program that `program_to` described.
+
+    Raises
+    ------
+    ArtifactError
+        Something is missing, or names what may not be named.
+    """
+    try:
+        return _program_from(data, tensors)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise ArtifactError(f"artifact: the description of the program is damaged ({type(error).__name__}: {error}); save it again") from error
+
+
+def _program_from(data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
+    root, graph = nn.Module(), fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    symbols: dict[str, Any] = {}
+    for path, row in data["operators"].items():
+        held = {n.removeprefix(f"{path}/"): t for n, t in tensors.items() if n.startswith(f"{path}/") and "//" not in n}
+        operator_ = Operator.from_config(row["config"], held)
+        set_by_path(root, path, OperatorModule(operator_, row["site"], row["form"], tensors.get(f"{path}//order")))
+    for row in data["nodes"]:
+        name, op = row["name"], row["op"]
+        if op == "get_attr":
+            set_by_path(root, row["target"], _restride(tensors[row["target"]], data["strides"].get(row["target"])))
+            node = graph.create_node("get_attr", row["target"], (), {}, name=name)
+        else:
+            args, kwargs = _decode(row["args"], nodes), _decode(row["kwargs"], nodes)
+            target: Any = _target(row["target"]) if op == "call_function" else row["target"]
+            if op not in ("call_function", "placeholder", "output", "call_module"):
+                raise ArtifactError(f"artifact: node '{name}' is a {op}, which may not be in an artifact")
+            node = graph.create_node(op, target, args, kwargs, name=name)
+            if op == "placeholder":
+                node.meta["val"] = _placeholder(row["value"], mode, symbols)
+        nodes[name] = node
+    described = data["interface"]
+    program = Program(
+        module=fx.GraphModule(root, graph, "Program"),
+        interface=Interface(
+            parameters=tuple(described["parameters"]),
+            args=tuple(described["args"]),
+            kwargs=tuple(described["kwargs"]),
+            in_spec=decode_spec(described["in_spec"]),
+            out_spec=decode_spec(described["out_spec"]),
+            constants={int(k): _decode(v, {}) for k, v in described["constants"].items()},
+            mutations=tuple((int(i), str(kind), str(n)) for i, kind, n in described["mutations"]),
+        ),
+        aliases=dict(data["aliases"]),
+        door=data["door"],
+        training=data["training"],
+        label=data["label"],
+        notes=list(data["notes"]),
+    )
+    propagate(program)
+    return program
+
+
+def _restride(tensor: Tensor, stride: list[int] | None) -> Tensor:
+    """Lay a weight out in memory as it was: another layout would round differently."""
+    if stride is None:
+        return tensor
+    held = torch.empty_strided(tuple(tensor.shape), stride, dtype=tensor.dtype)
+    held.copy_(tensor)
+    return held
+
+
+def _placeholder(value: Any, mode: FakeTensorMode, symbols: dict[str, Any]) -> Any:
+    if value is None:
+        return None
+    shape_env = mode.shape_env
+    assert shape_env is not None
+    sizes = []
+    for size, hint in zip(value["shape"], value["example"], strict=True):
+        if isinstance(size, int):
+            sizes.append(size)
+            continue
+        if size not in symbols:
+            source = ConstantSource(f"size_{len(symbols)}")
+            symbol = shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+            symbols[size] = shape_env.create_symintnode(symbol, hint=hint, source=source)
+        sizes.append(symbols[size])
+    with mode:
+        return torch.empty(sizes, dtype=_NAMED["dtype"][value["dtype"]])
