@@ -20,6 +20,7 @@ from recast.passes.forms.form import Form
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import RecastError, WeightError
+from recast.patterns.linear.find import Matrix
 from recast.patterns.program import tensor_digest
 
 __all__ = ["Fitted", "OperatorCache", "cache_directory"]
@@ -80,7 +81,7 @@ class OperatorCache:
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
         self.memory: dict[str, Fitted] = {}
-        self.held: dict[tuple[object, ...], tuple[StorageWeakRef, int, Fitted]] = {}
+        self.held: dict[tuple[object, ...], tuple[list[StorageWeakRef], int, Fitted]] = {}
         self.fits = 0
         self.hits = 0
 
@@ -89,7 +90,7 @@ class OperatorCache:
         """The cache in `cache_directory`."""
         return OperatorCache(cache_directory())
 
-    def fit(self, weight: Tensor, form: Form, stats: Stats | None, *, where: str | None = None) -> Fitted:
+    def fit(self, matrix: Matrix, form: Form, stats: Stats | None, *, where: str | None = None) -> Fitted:
         """Fitted operator of a weight: from memory, from disk, or fitted now.
 
         Raises
@@ -97,27 +98,25 @@ class OperatorCache:
         WeightError
             The weight is not finite, or its storage was released before it was ever fitted.
         """
-        storage = weight.untyped_storage()
-        place = (storage._cdata, weight.storage_offset(), tuple(weight.shape), weight.stride(), weight.dtype)
-        identity = (*place, str(form), stats.hash if stats else "-")
-        released = storage.nbytes() == 0
+        identity = (*matrix.place, str(form), stats.hash if stats else "-")
         if identity in self.held:
-            reference, version, fitted = self.held[identity]
-            if not reference.expired() and (released or version == weight._version):
+            references, version, fitted = self.held[identity]
+            if not any(r.expired() for r in references) and (matrix.released or version == matrix.version):
                 self.hits += 1
                 return fitted
-        if released:
+        if matrix.released:
             raise WeightError(f"the dense weight of '{where}' was released before '{form}' was fitted to it; load the model again")
+        weight = matrix.read()
         key = self.key(weight, form, stats)
         found = self.memory.get(key) or self._read(key)
         if found is None:
-            found = Fitted.of(weight.detach(), form.fit(weight.detach(), stats, where=where), stats)
+            found = Fitted.of(weight, form.fit(weight, stats, where=where), stats)
             self.fits += 1
             self._write(key, found)
         else:
             self.hits += 1
         self.memory[key] = found
-        self.held[identity] = (StorageWeakRef(storage), weight._version, found)
+        self.held[identity] = ([StorageWeakRef(s) for s in matrix.storages], matrix.version, found)
         return found
 
     @staticmethod

@@ -19,7 +19,7 @@ from recast.passes.forms.stats import Stats
 from recast.passes.progress import track
 from recast.patterns.errors import CalibrationError
 from recast.patterns.linear.find import find_linear
-from recast.patterns.program import Program
+from recast.patterns.program import Program, tensor_digest
 from recast.patterns.sites import LinearSite, Use
 
 __all__ = ["Calibration", "calibrate"]
@@ -41,12 +41,15 @@ class Calibration:
         Group of each site, by site name.
     probe
         Flat inputs of the first batch, kept to measure the whole model on.
+    weights
+        Digest of each site's parameter.
     """
 
     fingerprint: str
     groups: dict[str, Stats]
     members: dict[str, str]
     probe: list[Any] = dataclasses.field(default_factory=list)
+    weights: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, site: str) -> Stats:
         return self.groups[self.members[site]]
@@ -67,6 +70,28 @@ class Calibration:
                 f"calibration: these statistics belong to model {self.fingerprint}, this is model {found} "
                 f"({program.label}); calibrate this model, recast.calibrate(program, batches)"
             )
+
+    def restrict(self, program: Program) -> Calibration:
+        """The statistics that concern one graph of this model, as `torch.compile` cuts it.
+
+        Raises
+        ------
+        CalibrationError
+            A weight differs from the one the statistics were gathered with.
+        """
+        members = {}
+        for site in find_linear(program)[0]:
+            if site.name not in self.members:
+                continue
+            weight = program.weights[site.weights[0]]
+            released = weight.untyped_storage().nbytes() == 0
+            if not released and self.weights.get(site.name) != tensor_digest(weight, sample=4096):
+                raise CalibrationError(
+                    f"calibration: the weight of '{site.name}' is not the one these statistics were gathered with; calibrate this model"
+                )
+            members[site.name] = self.members[site.name]
+        groups = {group: self.groups[group] for group in members.values()}
+        return Calibration(program.fingerprint(), groups, members, [], self.weights)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write statistics as one safetensors file, under a temporary name first."""
@@ -89,6 +114,7 @@ class Calibration:
             "fingerprint": self.fingerprint,
             "members": json.dumps(self.members),
             "tokens": json.dumps(counts),
+            "weights": json.dumps(self.weights),
             "probe": json.dumps({"length": len(self.probe), "constants": constants}),
         }
         target = Path(path)
@@ -131,7 +157,7 @@ class Calibration:
         }
         described = json.loads(meta["probe"])
         probe = [tensors.get(f"probe/{i}", described["constants"].get(str(i))) for i in range(described["length"])]
-        return Calibration(meta["fingerprint"], groups, json.loads(meta["members"]), probe)
+        return Calibration(meta["fingerprint"], groups, json.loads(meta["members"]), probe, json.loads(meta["weights"]))
 
 
 class _Running:
@@ -228,7 +254,9 @@ def calibrate(
         members.update(dict.fromkeys(point.sites, point.sites[0]))
     if not groups and sites:
         raise CalibrationError("calibration: the batches hold no token at all; give inputs with at least one")
-    return Calibration(program.fingerprint(), groups, members, probe)
+    held = program.weights
+    digests = {site.name: tensor_digest(held[site.weights[0]], sample=4096) for site in sites}
+    return Calibration(program.fingerprint(), groups, members, probe, digests)
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from recast.patterns.program import Program, get_by_path
 
-__all__ = ["fake_mode_of", "fake_values", "propagate"]
+__all__ = ["Evaluator", "fake_mode_of", "fake_values", "propagate"]
 
 
 def fake_mode_of(program: Program) -> FakeTensorMode:
@@ -26,51 +26,60 @@ def fake_mode_of(program: Program) -> FakeTensorMode:
 
 def propagate(program: Program) -> None:
     """Give every node without ``meta["val"]`` its value's shape and dtype; existing ones are kept."""
-    mode = fake_mode_of(program)
-    fakes: dict[str, Any] = {}
-    modules: dict[str, Any] = {}
+    evaluator = Evaluator(program)
     for node in program.graph.nodes:
         if "val" in node.meta or node.op == "output":
             continue
-        node.meta["val"] = _value(node, program, mode, fakes, modules)
+        node.meta["val"] = evaluator.value(node)
 
 
 def fake_values(program: Program) -> dict[fx.Node, Any]:
     """What a fake-tensor run of the whole program gives for every node."""
-    mode = fake_mode_of(program)
-    fakes: dict[str, Any] = {}
-    modules: dict[str, Any] = {}
+    evaluator = Evaluator(program)
     found: dict[fx.Node, Any] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             found[node] = node.meta.get("val")
         elif node.op != "output":
-            found[node] = _value(node, program, mode, fakes, modules, found)
+            found[node] = evaluator.value(node, found)
     return found
 
 
-def _value(
-    node: fx.Node,
-    program: Program,
-    mode: FakeTensorMode,
-    fakes: dict[str, Any],
-    modules: dict[str, Any],
-    known: dict[fx.Node, Any] | None = None,
-) -> Any:
-    if node.op == "get_attr":
-        value = get_by_path(program.module, str(node.target))
+class Evaluator:
+    """Shapes and dtypes of single nodes from those of their operands.
+
+    Parameters
+    ----------
+    program
+        Whose nodes are evaluated, in the fake-tensor mode it was traced in.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.mode = fake_mode_of(program)
+        self._weights: dict[str, Any] = {}
+        self._modules: dict[str, Any] = {}
+
+    def value(self, node: fx.Node, known: dict[fx.Node, Any] | None = None) -> Any:
+        """What a node computes from its operands' ``meta["val"]``, or from `known` values of them."""
+        if node.op == "get_attr":
+            return self._weight(str(node.target))
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n] if known else n.meta["val"])
+        env = self.mode.shape_env
+        guards: Any = env.ignore_fresh_unbacked_symbols() if env else contextlib.nullcontext()
+        with self.mode, guards, torch.no_grad():
+            if node.op == "call_module":
+                module = self.program.module.get_submodule(str(node.target))
+                return module.fake(self.mode, self._modules)(*args, **kwargs)  # type: ignore[operator]
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _weight(self, name: str) -> Any:
+        value = get_by_path(self.program.module, name)
         if not isinstance(value, Tensor):
             return value
-        if node.target not in fakes:
+        if name not in self._weights:
             with _disable_current_modes():
-                fakes[str(node.target)] = mode.from_tensor(value, static_shapes=True)
-        return fakes[str(node.target)]
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n] if known else n.meta["val"])
-    guards: Any = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext()
-    with mode, guards, torch.no_grad():
-        if node.op == "call_module":
-            module = program.module.get_submodule(str(node.target))
-            return module.fake(mode, modules)(*args, **kwargs)  # type: ignore[operator]
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+                self._weights[name] = self.mode.from_tensor(value, static_shapes=True)
+        return self._weights[name]

@@ -10,22 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from torch import Tensor
 
 from recast.passes.allocate import allocate
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration
 from recast.passes.forms.form import Form
-from recast.passes.forms.operator import Dense
 from recast.passes.forms.stats import Stats
 from recast.passes.progress import track
 from recast.passes.recipe import COMPUTE_DTYPES, Recipe
 from recast.patterns.constants import Constants
 from recast.patterns.errors import CoverageError, FormError, PlanError, nearest
 from recast.patterns.find import coverage
-from recast.patterns.linear.find import find_linear, matrix_of
+from recast.patterns.linear.find import Matrix, find_linear, matrix_of
 from recast.patterns.program import Program
 from recast.patterns.sites import LinearSite
 
@@ -206,8 +203,7 @@ class Target:
 
     name: str
     site: LinearSite
-    rows: tuple[tuple[int, int], ...] | None
-    matrix: Tensor
+    matrix: Matrix
     stats: Stats | None
 
 
@@ -219,21 +215,11 @@ def targets_of(
     for site in sites:
         matrix = matrix_of(site.uses[0], constants)
         stats = calibration[site.name] if calibration is not None and site.name in calibration else None
-        found[site.name] = Target(site.name, site, None, matrix, stats)
+        found[site.name] = Target(site.name, site, matrix, stats)
         for part in site.parts:
-            rows = part.rows
-            found[f"{site.name}.{part.name}"] = Target(f"{site.name}.{part.name}", site, rows, matrix, stats)
+            name = f"{site.name}.{part.name}"
+            found[name] = Target(name, site, matrix.rows(part.rows), stats)
     return found
-
-
-def rows_of(target: Target) -> Tensor:
-    """The matrix a target stands for, ``(out_features, in_features)``."""
-    if target.rows is None:
-        return target.matrix
-    if len(target.rows) == 1:
-        start, stop = target.rows[0]
-        return target.matrix[start:stop]
-    return torch.cat([target.matrix[start:stop] for start, stop in target.rows])
 
 
 def plan(
@@ -357,15 +343,14 @@ def _is_dense(form: Form) -> bool:
 
 
 def _measure(target: Target, form: Form, cache: OperatorCache) -> Entry:
-    matrix = rows_of(target)
+    matrix = target.matrix
     fitted = cache.fit(matrix, form, target.stats, where=target.name)
-    dense = Dense(matrix)
     return Entry(
         name=target.name,
         form=form,
-        bytes_before=matrix.numel() * matrix.element_size(),
+        bytes_before=matrix.nbytes,
         bytes_after=fitted.operator.nbytes,
-        flops_before=dense.cost(1).flops,
+        flops_before=2 * matrix.shape[0] * matrix.shape[1],
         flops_after=fitted.operator.cost(1).flops,
         predicted_error=fitted.predicted_error,
         predicted_weight_error=fitted.weight_error,

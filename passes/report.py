@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from recast.passes.cache import Fitted
-from recast.passes.forms.operator import Dense
 from recast.passes.plan import Entry, Skip
+from recast.patterns.linear.find import Matrix
 
 __all__ = ["Report", "SiteRow", "fidelity"]
 
@@ -54,20 +54,20 @@ class SiteRow:
     kernel: str = "torch"
 
     @staticmethod
-    def of(entry: Entry, matrix: Tensor, fitted: Fitted, *, pictures: bool) -> SiteRow:
+    def of(entry: Entry, matrix: Matrix, fitted: Fitted, *, pictures: bool) -> SiteRow:
         """Row of a fitted operator."""
         return SiteRow(
             name=entry.name,
             form=str(entry.form),
-            shape=(matrix.shape[0], matrix.shape[1]),
-            bytes_before=matrix.numel() * matrix.element_size(),
+            shape=matrix.shape,
+            bytes_before=matrix.nbytes,
             bytes_after=fitted.operator.nbytes,
-            flops_before=Dense(matrix).cost(1).flops,
+            flops_before=2 * matrix.shape[0] * matrix.shape[1],
             flops_after=fitted.operator.cost(1).flops,
             predicted_error=entry.predicted_error,
             measured_error=fitted.measured_error,
             weight_error=fitted.weight_error,
-            spectrum=_spectrum(matrix) if pictures else (),
+            spectrum=_spectrum(matrix.read()) if pictures else (),
         )
 
 

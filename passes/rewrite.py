@@ -12,7 +12,7 @@ from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration
 from recast.passes.plan import Plan
 from recast.passes.report import Report, fidelity
-from recast.passes.verify import probe_inputs, verify
+from recast.passes.verify import inputs_of, verify
 from recast.patterns.errors import PlanError, nearest
 from recast.patterns.find import coverage
 from recast.patterns.linear.find import find_linear
@@ -39,6 +39,7 @@ def rewrite(
     verification: bool = True,
     progress: bool | None = None,
     pictures: bool = True,
+    measure: bool = True,
 ) -> Program:
     """Carry a plan out.
 
@@ -58,6 +59,8 @@ def rewrite(
         Show a progress bar; by default on a terminal.
     pictures
         Gather what the report's pictures need; False saves a little time.
+    measure
+        Run the whole program before and after, to measure the error of its outputs.
 
     Returns
     -------
@@ -104,7 +107,7 @@ def rewrite(
         bytes_before=program.nbytes(),
         bytes_after=current.nbytes(),
         coverage=coverage(program).to_dict(),
-        whole=_whole(program, current, context) if passes else {},
+        whole=_whole(program, current, context) if passes and measure else {},
         passes=passes,
         notes=list(program.notes),
     )
@@ -143,7 +146,7 @@ def _check(program: Program, plan: Plan, calibration: Calibration | None) -> Non
 
 def _whole(before: Program, after: Program, context: Context) -> dict[str, dict[str, float]]:
     """Fidelity of each floating output of the whole model on the first calibration batch (random inputs without one)."""
-    probe = context.calibration.probe if context.calibration is not None else probe_inputs(before)
+    probe = inputs_of(before, context)
     with torch.no_grad():
         reference, found = before.module(*probe), after.module(*probe)
     return {

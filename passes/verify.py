@@ -17,7 +17,7 @@ from recast.patterns.linear.packing import size_hint
 from recast.patterns.printer import type_text
 from recast.patterns.program import Program
 
-__all__ = ["exact_bound", "probe_inputs", "verify"]
+__all__ = ["exact_bound", "inputs_of", "probe_inputs", "verify"]
 
 
 def exact_bound(dtype: torch.dtype) -> float:
@@ -104,7 +104,7 @@ def _ownership(before: Program, after: Program) -> dict[str, int]:
 
 
 def _numbers(before: Program, after: Program, step: Pass, context: Context) -> dict[str, float]:
-    probe = context.calibration.probe if context.calibration is not None else probe_inputs(before)
+    probe = inputs_of(before, context)
     with torch.no_grad():
         reference = before.module(*_fresh(probe))
         found = after.module(*_fresh(probe))
@@ -142,12 +142,22 @@ def _within_prediction(context: Context) -> None:
             )
 
 
+def inputs_of(program: Program, context: Context) -> list[Any]:
+    """The first calibration batch, or random inputs where there is none."""
+    if context.calibration is not None and context.calibration.probe:
+        return context.calibration.probe
+    return probe_inputs(program)
+
+
 def probe_inputs(program: Program, seed: int = 0) -> list[Any]:
     """Random inputs of the captured example's shapes; integers are small, so that they are valid in any vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     made: list[Any] = []
-    for node, position in zip(program.inputs(), range(len(program.inputs())), strict=True):
+    for position, node in enumerate(program.inputs()):
         value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | torch.SymFloat):
+            made.append(value.node.hint)
+            continue
         if not isinstance(value, Tensor):
             made.append(program.interface.constants.get(position))
             continue

@@ -29,6 +29,7 @@ class Constants:
         written = {name for _, kind, name in program.interface.mutations if kind == "weight"}
         self.sources: dict[fx.Node, tuple[str, ...]] = {}
         self._values: dict[fx.Node, Any] = {}
+        self._layouts: dict[fx.Node, Any] = {}
         for node in program.graph.nodes:
             if node.op == "get_attr":
                 if node.target not in written and isinstance(get_by_path(program.module, node.target), Tensor):
@@ -50,6 +51,25 @@ class Constants:
             with torch.no_grad():
                 self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self._values[node]
+
+
+    def layout(self, node: fx.Node) -> Any:
+        """The same constant on the meta device: shape, strides and whose memory it shows, without reading a weight."""
+        if node not in self._layouts:
+            if node.op == "get_attr":
+                value = get_by_path(self.program.module, str(node.target))
+                shape, stride = tuple(value.shape), value.stride()
+                self._layouts[node] = torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
+            else:
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.layout)
+                args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: "meta" if isinstance(a, torch.device) else a)
+                with torch.no_grad():
+                    self._layouts[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self._layouts[node]
+
+    def storages(self, node: fx.Node) -> list[torch.UntypedStorage]:
+        """Memory of the weights that a constant is made of."""
+        return [get_by_path(self.program.module, name).untyped_storage() for name in self.sources[node]]
 
 
 def _pure(node: fx.Node) -> bool:

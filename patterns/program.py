@@ -207,7 +207,8 @@ class Program:
                 digest.update(str(node.target).encode())
         for name, weight in sorted(self.weights.items()):
             digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-            digest.update(tensor_digest(weight, sample=4096).encode())
+            if weight.untyped_storage().nbytes():  # released weights are known by name and shape only
+                digest.update(tensor_digest(weight, sample=4096).encode())
         return digest.hexdigest()[:16]
 
     def nbytes(self) -> int:
@@ -275,5 +276,7 @@ def tensor_digest(tensor: Tensor, sample: int | None = None) -> str:
     flat = tensor.detach().reshape(-1)
     if sample is not None and flat.numel() > sample:
         flat = flat[torch.linspace(0, flat.numel() - 1, sample).long()]
-    digest.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    # Copies, a piece at a time: a storage that was once shown to numpy can no longer be released (resized).
+    for piece in flat.split(1 << 22):
+        digest.update(piece.to("cpu", copy=True).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

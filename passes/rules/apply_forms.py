@@ -13,7 +13,7 @@ from recast.passes.forms.algebra import RowStack
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.meta import propagate
 from recast.passes.module import OperatorModule
-from recast.passes.plan import Target, rows_of, targets_of
+from recast.passes.plan import Target, targets_of
 from recast.passes.progress import track
 from recast.passes.report import SiteRow
 from recast.patterns.constants import Constants
@@ -92,7 +92,7 @@ def _operator(
             parts.append(_fit(target, context, rows))
             forms.append(str(entries[target.name].form))
         else:
-            parts.append(Dense(rows_of(target).clone()))
+            parts.append(Dense(target.matrix.read().clone()))
             forms.append("dense")
     if not parts:
         raise PlanError(f"plan: nothing is planned for '{name}'")
@@ -108,7 +108,6 @@ def _order(target: Target) -> Tensor | None:
 
 def _fit(target: Target, context: Context, rows: list[SiteRow]) -> Operator:
     entry = context.plan.entries[target.name]
-    matrix = rows_of(target)
-    fitted = context.cache.fit(matrix, entry.form, target.stats, where=target.name)
-    rows.append(SiteRow.of(entry, matrix, fitted, pictures=context.pictures))
+    fitted = context.cache.fit(target.matrix, entry.form, target.stats, where=target.name)
+    rows.append(SiteRow.of(entry, target.matrix, fitted, pictures=context.pictures))
     return fitted.operator

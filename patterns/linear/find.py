@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from recast.patterns.linear.spellings import spell
 from recast.patterns.program import Program
 from recast.patterns.sites import LinearSite, Mismatch, Use, source_line
 
-__all__ = ["find_linear", "matrix_of", "product_flops"]
+__all__ = ["Matrix", "find_linear", "matrix_of", "product_flops"]
 
 aten = torch.ops.aten
 
@@ -37,7 +38,7 @@ def find_linear(program: Program, constants: Constants | None = None) -> tuple[l
         found = spell(node, constants)
         if isinstance(found, Use):
             for use in _single_matrices(_with_following_bias(found, constants)):
-                grouped.setdefault(_identity(use, constants), []).append(use)
+                grouped.setdefault(matrix_of(use, constants).place, []).append(use)
         elif found is not None:
             missed.append(_mismatch(node, found, constants, program))
     names: dict[str, int] = {}
@@ -45,10 +46,77 @@ def find_linear(program: Program, constants: Constants | None = None) -> tuple[l
     return _mark_tied(sites, program, constants), missed
 
 
-def matrix_of(use: Use, constants: Constants) -> Tensor:
-    """The matrix of a use as ``(out_features, in_features)``, a view of the weight where that is possible."""
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A constant matrix that need not be read to be known: its weight may have been released.
+
+    Parameters
+    ----------
+    shape, dtype
+        As it is multiplied, ``(out_features, in_features)``.
+    place
+        Where it lies: equal for the same matrix of the same weight in memory.
+    storages
+        Memory of the weights it is made of.
+    version
+        Counts in-place changes of those weights.
+    read
+        Gives the values.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    place: tuple[Any, ...]
+    storages: tuple[torch.UntypedStorage, ...]
+    version: int
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense matrix."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    @property
+    def released(self) -> bool:
+        """Whether a weight it is made of was freed."""
+        return any(storage.nbytes() == 0 for storage in self.storages)
+
+    def rows(self, ranges: tuple[tuple[int, int], ...]) -> Matrix:
+        """Some of the rows, in the order given."""
+
+        def read() -> Tensor:
+            whole = self.read()
+            pieces = [whole[start:stop] for start, stop in ranges]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+        count = sum(stop - start for start, stop in ranges)
+        place = (*self.place, ranges)
+        return dataclasses.replace(self, shape=(count, self.shape[1]), place=place, read=read)
+
+
+def matrix_of(use: Use, constants: Constants) -> Matrix:
+    """The matrix of a use; reading gives a view of the weight where that is possible."""
+    layout = _as_matrix(constants.layout(use.weight), use)
+    storages = tuple(constants.storages(use.weight))
+    names = constants.sources[use.weight]
+    version = sum(constants.program.weights[name]._version for name in names)
+    source = constants.layout(next(iter(_weights(use.weight))))
+    if layout.untyped_storage()._cdata == source.untyped_storage()._cdata:
+        offset = constants.program.weights[names[0]].storage_offset()
+        where: tuple[Any, ...] = (storages[0]._cdata, offset + layout.storage_offset(), layout.stride())
+    else:  # a cast, a sum: known by how it is computed
+        where = (*(s._cdata for s in storages), _expression(use.weight), repr(use.contraction.matrix_order()), use.index)
+
+    def read() -> Tensor:
+        return _as_matrix(constants.value(use.weight).detach(), use)
+
+    shape = (int(layout.shape[0]), int(layout.shape[1]))
+    return Matrix(shape, layout.dtype, (*where, shape, layout.dtype), storages, version, read)
+
+
+def _as_matrix(value: Tensor, use: Use) -> Tensor:
     contraction = use.contraction
-    value = constants.value(use.weight).detach().reshape(use.weight_shape).permute(contraction.matrix_order())
+    value = value.reshape(use.weight_shape).permute(contraction.matrix_order())
     sizes = dict(zip(contraction.w, use.weight_shape, strict=True))
     out_features = math.prod(sizes[d] for d in contraction.outputs)
     in_features = math.prod(sizes[d] for d in contraction.inputs)
@@ -112,15 +180,6 @@ def _single_matrices(use: Use) -> list[Use]:
     sizes = dict(zip(use.contraction.w, use.weight_shape, strict=True))
     count = math.prod(sizes[d] for d in batch)
     return [dataclasses.replace(use, index=i) for i in range(count)]
-
-
-def _identity(use: Use, constants: Constants) -> Any:
-    """Equal for uses of the same matrix: by memory for views of a weight, by expression for casts and sums."""
-    matrix = matrix_of(use, constants)
-    source = constants.value(next(n for n in _weights(use.weight)))
-    if isinstance(source, Tensor) and matrix.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
-        return source.untyped_storage().data_ptr(), matrix.storage_offset(), tuple(matrix.shape), matrix.stride(), matrix.dtype
-    return _expression(use.weight), use.contraction.matrix_order().__repr__(), use.index
 
 
 def _weights(node: fx.Node) -> list[fx.Node]:

@@ -1,0 +1,54 @@
+"""Inductor: the rewritten program compiled by `torch.compile`, with the fastest kernel known for each operator on this CPU."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from recast.lowering.base import Lowering, Runner
+from recast.lowering.inductor.compile import compile_program
+from recast.lowering.inductor.kernels import choose
+from recast.lowering.inline import inline_operators
+from recast.patterns.program import Program
+
+__all__ = ["Inductor"]
+
+
+class Inductor(Lowering):
+    """Compiles a program with Inductor.
+
+    Parameters
+    ----------
+    freezing
+        Take weights as constants and lay them out for the machine's matrix library (default). The artifact owns its weights,
+        so nothing else may change them.
+    options
+        Further Inductor options.
+    """
+
+    name: ClassVar[str] = "inductor"
+    summary: ClassVar[str] = "torch.compile with Inductor (CPU and CUDA)"
+
+    def __init__(self, freezing: bool = True, options: dict[str, Any] | None = None) -> None:
+        self.freezing, self.options = freezing, dict(options or {})
+        self._kernels: dict[str, str] = {}
+
+    def prepare(self, program: Program) -> Runner:
+        """Compile on first call for each set of shapes that needs its own code; sizes that were dynamic stay so."""
+        inlined, self._kernels = inline_operators(program, choose)
+        compiled = compile_program(inlined, freezing=self.freezing, options=self.options)
+
+        def run(leaves: list[Any]) -> list[Any]:
+            with torch.no_grad():
+                return list(compiled(*leaves))
+
+        return run
+
+    def kernels(self, program: Program) -> dict[str, str]:
+        """What `prepare` chose for each site."""
+        return dict(self._kernels)
+
+    def extra(self) -> dict[str, Any]:
+        """Options, as they were."""
+        return {"freezing": self.freezing, "options": self.options}

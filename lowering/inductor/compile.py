@@ -1,0 +1,54 @@
+"""Handing programs to Inductor: whole ones, and graphs that came from `torch.compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from recast.lowering.inductor.kernels import choose
+from recast.lowering.inline import inline_operators
+from recast.patterns.program import Program
+
+__all__ = ["compile_graph", "compile_program"]
+
+
+class _Flat(nn.Module):
+    """A program's graph as a module that dynamo can trace."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.graph_module = program.module
+
+    def forward(self, *leaves: Any) -> Any:
+        return self.graph_module(*leaves)
+
+
+def compile_program(program: Program, *, freezing: bool, options: dict[str, Any]) -> Callable[..., Any]:
+    """Compile a program without operator nodes; dimensions that capture left free stay dynamic."""
+    dynamic = any(isinstance(s, torch.SymInt) for n in program.inputs() for s in getattr(n.meta.get("val"), "shape", ()))
+    settings = {**options, **({"freezing": True} if freezing else {})}
+    compiled: Callable[..., Any] = torch.compile(
+        _Flat(program).eval(), fullgraph=True, dynamic=True if dynamic else None, options=settings
+    )
+    return compiled
+
+
+def compile_graph(
+    program: Program, inputs: Sequence[Any], *, freezing: bool, options: dict[str, Any]
+) -> tuple[Callable[..., Any], dict[str, str]]:
+    """Compile a rewritten dynamo graph; its weights are lifted to inputs, so that Inductor's caches stay valid.
+
+    Returns
+    -------
+    callable, kernels
+        Takes the graph's remaining inputs; and the kernel of each site.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    inlined, kernels = inline_operators(program, choose)
+    settings = {**options, **({"freezing": True} if freezing else {})}
+    compiled: Callable[..., Any] = compile_fx(inlined.module, list(inputs), config_patches=settings or None)
+    return compiled, kernels
