@@ -12,7 +12,7 @@ from recast.passes.forms.algebra import Product, Sum
 from recast.passes.forms.form import Form, data_error
 from recast.passes.forms.linear_algebra import behind, best_left, leading_subspace, pseudo_inverse
 from recast.passes.forms.operator import Operator
-from recast.passes.forms.stats import Stats
+from recast.passes.forms.stats import Stats, row_errors
 
 __all__ = ["fit_product", "fit_sum", "wide_dtype"]
 
@@ -30,9 +30,14 @@ def _best_round(weight: Tensor, stats: Stats | None, rounds: Iterator[Operator])
     """Run rounds until the error stops falling; return the least error and its operator, never worse than the first."""
     best = next(rounds)
     least = data_error(weight, best, stats)
+    # Below rounding there is nothing left to gain but noise.
+    size = float(row_errors(weight, None if stats is None else stats.gram).sum())
+    floor = size * (4 * torch.finfo(weight.dtype).eps) ** 2
+    if least <= floor:
+        return least, best
     for _, found in zip(range(_ROUNDS - 1), rounds, strict=False):
         error = data_error(weight, found, stats)
-        small = error > least * (1 - _GAIN)
+        small = error > least * (1 - _GAIN) or error <= floor
         if error < least:
             best, least = found, error
         if small:

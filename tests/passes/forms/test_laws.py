@@ -38,8 +38,8 @@ CASES = [
     for form in cls.examples(shape)
 ] + [
     pytest.param(Form.parse(text), shape, id=f"{text} {shape[0]}x{shape[1]}")
-    for text in COMPOSITES
-    for shape in [(63, 60), (24, 48)]
+    for shape, texts in {(24, 48): COMPOSITES, (63, 60): COMPOSITES[:4]}.items()
+    for text in texts
 ]
 
 every = pytest.mark.parametrize(("form", "shape"), CASES)
