@@ -174,10 +174,9 @@ class Result:
                 style=style,
             )
         console.print(table)
-        if (self.settings.get("load_at_start") or 0) > 0.5:
-            console.print(
-                f"Others were at work (load {self.settings['load_at_start']} at the start): trust the ratios more."
-            )
+        load = self.settings.get("load_at_start") or 0
+        if load > 0.5:
+            console.print(f"Others were at work on this machine (load {load} at the start): trust the ratios more.")
 
 
 def measure(
