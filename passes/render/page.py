@@ -66,9 +66,17 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals["style"] = (here / "page.css").read_text(encoding="utf-8")
     environment.filters.update(
-        bytes=bytes_text, count=count_text, error=error_text, milliseconds=milliseconds_text
+        bytes=bytes_text, count=count_text, error=error_text, milliseconds=milliseconds_text, breakable=_breakable
     )
     return environment.from_string((here / "page.html.j2").read_text(encoding="utf-8"))
+
+
+def _breakable(name: str) -> Any:
+    """A dotted name that may be broken after its dots; prose stays as it is."""
+    from markupsafe import Markup, escape
+
+    text = str(escape(name))
+    return Markup(text if " " in text else text.replace(".", ".<wbr>"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +129,9 @@ def _bars(
     for row in usable:
         if not row.get(key):
             continue
-        times = _against(baseline(rows, row, per_target=per_target), row, key)
-        bars.append(Bar(str(row["name"]), str(row["target"]), row[key] / longest, text(row[key]), f"{times} {word}"))
+        first = baseline(rows, row, per_target=per_target)
+        note = "" if first is row else f"{_against(first, row, key)} {word}"
+        bars.append(Bar(str(row["name"]), str(row["target"]), row[key] / longest, text(row[key]), note))
     return bars
 
 
@@ -143,17 +152,15 @@ def _section(name: str, report: Report) -> dict[str, Any]:
         "map": _map(report),
         "legend": _legend(report.rows),
         "on_data": bool(measured),
-        "scatter": scatter(
-            [
-                (r.predicted_error, r.measured_error or 0.0, f"{r.name}: predicted {error_text(r.predicted_error)}, measured {error_text(r.measured_error)}")
-                for r in measured
-            ],
-            "predicted error",
-            "measured error",
-        ),
+        "scatter": scatter([_dot(r) for r in measured], "predicted error", "measured error"),
         "spectra": [(r, spectrum(r.spectrum, r.name)) for r in _worth_a_picture(report.rows)],
         "passes": [(n, _pass(figures)) for n, figures in report.passes.items()],
     }
+
+
+def _dot(row: SiteRow) -> tuple[float, float, str]:
+    predicted, measured = error_text(row.predicted_error), error_text(row.measured_error)
+    return row.predicted_error, row.measured_error or 0.0, f"{row.name}: predicted {predicted}, measured {measured}"
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
@@ -201,20 +208,22 @@ def _map(report: Report) -> list[dict[str, Any]]:
             groups.append({"name": group, "blocks": [], "total": 0})
         error = _error(row)
         heat = 0.0 if error <= 0 else (math.log(error) - math.log(low)) / (math.log(high) - math.log(low))
-        measured = "measured" if row.measured_error is not None else "of the weight"
         groups[-1]["blocks"].append(
             {
-                "label": row.name.removeprefix(f"{group}.") if group else row.name,
+                "name": row.name.removeprefix(f"{group}.") if group else row.name,
                 "bytes": row.bytes_after,
                 "heat": round(100 * min(1.0, max(0.0, heat))),
-                "tip": f"{row.name}\n{row.form}\n{row.shape[0]}×{row.shape[1]}, {bytes_text(row.bytes_before)} → "
-                f"{bytes_text(row.bytes_after)}\nerror {error_text(error)} {measured}, {error_text(row.predicted_error)} predicted",
+                "tip": _tip(row),
             }
         )
         groups[-1]["total"] += row.bytes_after
     widest = max((g["total"] for g in groups), default=1) or 1
     for group in groups:
         group["share"] = 100 * group["total"] / widest
+        for block in group["blocks"]:
+            block["label"] = (
+                _short(block["name"], [b["name"] for b in group["blocks"]]) if group["name"] else block["name"]
+            )
     return groups
 
 
@@ -231,7 +240,21 @@ def _layer(name: str) -> str:
     return ".".join(pieces[: numbers[0] + 1]) if numbers else ""
 
 
-def _worth_a_picture(rows: Sequence[SiteRow], most: int = 8) -> list[SiteRow]:
+def _short(name: str, others: Sequence[str]) -> str:
+    """The shortest ending of a dotted name that no other name shares.
+
+    Examples
+    --------
+    >>> _short("self.query", ["self.query", "self.key"]), _short("out.dense", ["mid.dense", "out.dense"])
+    ('query', 'out.dense')
+    """
+    pieces = name.split(".")
+    endings = (".".join(pieces[i:]) for i in reversed(range(len(pieces))))
+    unique = (e for e in endings if sum(f".{other}".endswith(f".{e}") for other in others) == 1)
+    return next(unique, name)
+
+
+def _worth_a_picture(rows: Sequence[SiteRow], most: int = 6) -> list[SiteRow]:
     """The least accurate and the largest sites that have a spectrum, half of each, in model order."""
     known = [r for r in rows if len(r.spectrum) > 1]
     worst = sorted(known, key=_error, reverse=True)[: most // 2]

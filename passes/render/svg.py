@@ -33,7 +33,8 @@ def scatter(points: Sequence[tuple[float, float, str]], across: str, up: str) ->
         right = _LEFT + (math.log10(x) - low) / (high - low) * (_WIDTH - _LEFT - 12)
         return right, _TOP + (high - math.log10(y)) / (high - low) * (_HEIGHT - _BOTTOM - _TOP)
 
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" class="plot" role="img" aria-label="{escape(up)} against {escape(across)}">']
+    label = f"{escape(up)} against {escape(across)}"
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" class="plot" role="img" aria-label="{label}">']
     for tick in _ticks(low, high):
         x, y = place(tick, tick)
         parts.append(f'<path class="grid" d="M{x:.1f} {_TOP}V{_HEIGHT - _BOTTOM}M{_LEFT} {y:.1f}H{_WIDTH - 12}"/>')
@@ -43,8 +44,12 @@ def scatter(points: Sequence[tuple[float, float, str]], across: str, up: str) ->
     parts.append(f'<path class="diagonal" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}"/>')
     for x, y, tip in points:
         right, down = place(x, y)
-        parts.append(f'<circle class="dot" cx="{right:.1f}" cy="{down:.1f}" r="4.5"><title>{escape(tip)}</title></circle>')
-    parts.append(f'<text class="axis" x="{(_WIDTH + _LEFT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>')
+        parts.append(
+            f'<circle class="dot" cx="{right:.1f}" cy="{down:.1f}" r="4.5"><title>{escape(tip)}</title></circle>'
+        )
+    parts.append(
+        f'<text class="axis" x="{(_WIDTH + _LEFT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>'
+    )
     parts.append(
         f'<text class="axis" transform="translate(12 {(_HEIGHT - _BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
         f"{escape(up)}</text></svg>"
@@ -82,12 +87,19 @@ def spectrum(values: Sequence[float], name: str) -> str:
         depth = max(floor, math.log10(value)) if value > 0 else floor
         return left + index / span * (width - left - 4), 6 + depth / floor * (height - bottom - 6)
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" class="plot small" role="img" aria-label="singular values of {escape(name)}">']
+    label = f"singular values of {escape(name)}"
+    parts = [f'<svg viewBox="0 0 {width} {height}" class="plot small" role="img" aria-label="{label}">']
     for power in (0, -2, -4):
         y = place(0, 10.0**power)[1]
         label = {0: "1", -2: "10⁻²", -4: "10⁻⁴"}[power]
-        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{width - 4}"/><text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+        parts.append(
+            f'<path class="grid" d="M{left} {y:.1f}H{width - 4}"/>'
+            f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+        )
     line = "L".join(f"{x:.1f} {y:.1f}" for x, y in (place(i, v) for i, v in enumerate(values)))
     base = place(0, 0.0)[1]
-    parts.append(f'<path class="area" d="M{left} {base:.1f}L{line}L{width - 4} {base:.1f}Z"/><path class="line" d="M{line}"/></svg>')
+    parts.append(
+        f'<path class="area" d="M{left} {base:.1f}L{line}L{width - 4} {base:.1f}Z"/>'
+        f'<path class="line" d="M{line}"/></svg>'
+    )
     return "".join(parts)

@@ -62,9 +62,9 @@ def _summary(report: Report) -> Any:
     flops = [sum(r.flops_before for r in report.rows), sum(r.flops_after for r in report.rows)]
     lines = [
         f"{report.model} for {report.target}: {len(report.rows)} sites rewritten, {len(report.skipped)} left dense",
-        f"weights  {bytes_text(report.bytes_before)} → {bytes_text(report.bytes_after)} "
-        f"({times_text(report.bytes_before, report.bytes_after)} smaller)",
     ]
+    sizes = bytes_text(report.bytes_before), bytes_text(report.bytes_after)
+    lines.append(f"weights  {sizes[0]} → {sizes[1]} ({times_text(report.bytes_before, report.bytes_after)} smaller)")
     if flops[0]:
         lines.append(f"sites    {count_text(flops[0])} → {count_text(flops[1])} FLOPs a token")
     for name, figures in report.whole.items():
@@ -146,7 +146,13 @@ def comparison_table(
     """
     from rich.console import Group
 
-    columns = [("model", "left"), ("target", "left"), ("size", "right"), ("smaller", "right"), ("time a batch", "right")]
+    columns = [
+        ("model", "left"),
+        ("target", "left"),
+        ("size", "right"),
+        ("smaller", "right"),
+        ("time a batch", "right"),
+    ]
     columns += [("faster", "right"), ("mean cosine", "right"), ("worst cosine", "right"), ("rel. error", "right")]
     covered = any(row.get("coverage") is not None for row in rows)
     columns += [("coverage", "right")] if covered else []
