@@ -1,0 +1,128 @@
+"""ONNX: the rewritten program as a file that ONNX Runtime runs, without torch."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+from recast.lowering.base import Lowering, Runner
+from recast.lowering.inline import inline_operators
+from recast.lowering.onnx.export import export, input_names, output_kinds
+from recast.lowering.onnx.kernels import chooser
+from recast.lowering.onnx.session import load_session, needed, runner
+from recast.passes.module import OperatorModule
+from recast.patterns.errors import ArtifactError, TargetError
+from recast.patterns.program import Program
+
+__all__ = ["OnnxRuntime"]
+
+_MODEL, _WEIGHTS = "model.onnx", "model.onnx.data"
+_LARGE = 1 << 30  # a protobuf message ends at 2 GiB
+
+
+class OnnxRuntime(Lowering):
+    """Exports to ONNX and runs with ONNX Runtime on the CPU.
+
+    Parameters
+    ----------
+    opset
+        Version of the standard operators, at least 21.
+    accuracy_level
+        0: 4-bit weights meet activations as they are; 4: activations are rounded to int8 inside the product, which is
+        faster for single tokens and less exact.
+    external_data
+        Keep weights in a file of their own; by default above 1 GiB.
+    threads
+        Of ONNX Runtime; by default as many as torch uses.
+    """
+
+    name: ClassVar[str] = "onnx"
+    summary: ClassVar[str] = "an ONNX file, run with ONNX Runtime on the CPU"
+    stores_program: ClassVar[bool] = False
+
+    def __init__(
+        self, opset: int = 21, accuracy_level: int = 0, external_data: bool | None = None, threads: int | None = None
+    ) -> None:
+        if opset < 21:
+            raise TargetError(f"target 'onnx': opset is {opset}, at least 21 is needed")
+        if accuracy_level not in (0, 4):
+            raise TargetError(f"target 'onnx': accuracy_level is {accuracy_level}; 0 (exact) or 4 (int8 activations) would work")
+        self.opset, self.accuracy_level = opset, accuracy_level
+        self.external_data, self.threads = external_data, threads
+        self.inputs: list[str | None] = []
+        self.outputs: list[list[Any]] = []
+        self._kernels: dict[str, str] = {}
+        self._model: Any = None  # onnx_ir.Model over the program's own tensors
+        self._folder: Path | None = None  # where a loaded one came from
+
+    def prepare(self, program: Program) -> Runner:
+        """Export, and make a session."""
+        needed("onnxruntime")
+        inlined, self._kernels = inline_operators(program, chooser(self.accuracy_level))
+        self.inputs, self.outputs = input_names(inlined), output_kinds(inlined)
+        self._model = export(inlined, _sites(program), self.opset)
+        with tempfile.TemporaryDirectory(prefix="recast-onnx-") as folder:
+            if self._external:
+                self.write(Path(folder))
+                session = load_session(Path(folder) / _MODEL, self.threads)
+            else:
+                import onnx_ir
+
+                session = load_session(onnx_ir.to_proto(self._model).SerializeToString(), self.threads)
+        return runner(session, self.inputs, self.outputs)
+
+    @property
+    def _external(self) -> bool:
+        size = sum(value.const_value.nbytes for value in self._model.graph.initializers.values())
+        return size > _LARGE if self.external_data is None else self.external_data
+
+    def kernels(self, program: Program) -> dict[str, str]:
+        """What `prepare` chose for each site."""
+        return dict(self._kernels)
+
+    def write(self, folder: Path) -> None:
+        """Write ``model.onnx``, and ``model.onnx.data`` where weights are kept apart."""
+        if self._folder is not None:
+            for name in (_MODEL, _WEIGHTS):
+                if (self._folder / name).is_file():
+                    shutil.copyfile(self._folder / name, folder / name)
+            if not (folder / _MODEL).is_file():
+                raise ArtifactError(f"artifact: '{self._folder / _MODEL}' it was loaded from is gone; load it again")
+            return
+        import onnx_ir
+
+        if self._external:
+            onnx_ir.save(self._model, folder / _MODEL, external_data=_WEIGHTS)
+        else:
+            onnx_ir.save(self._model, folder / _MODEL)
+
+    @classmethod
+    def read(cls, folder: Path, data: dict[str, Any]) -> tuple[Lowering, Runner]:
+        """Restore from `write`'s files; neither torch's exporter nor onnx is needed."""
+        described = dict(data["lowering"])
+        inputs, outputs, kernels = described.pop("inputs"), described.pop("outputs"), described.pop("kernels")
+        lowering = cls(**described)
+        lowering.inputs, lowering.outputs, lowering._kernels = inputs, outputs, kernels
+        lowering._folder = folder.absolute()
+        session = load_session(lowering._folder / _MODEL, lowering.threads)
+        return lowering, runner(session, inputs, outputs)
+
+    def extra(self) -> dict[str, Any]:
+        """Options, as they were, and how flat inputs and results are called in the graph."""
+        return {
+            "opset": self.opset,
+            "accuracy_level": self.accuracy_level,
+            "external_data": self.external_data,
+            "threads": self.threads,
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "kernels": self._kernels,
+        }
+
+
+def _sites(program: Program) -> dict[str, str]:
+    nodes = [str(n.target) for n in program.graph.nodes if n.op == "call_module"]
+    modules = {path: program.module.get_submodule(path) for path in nodes}
+    return {path: module.site for path, module in modules.items() if isinstance(module, OperatorModule)}
