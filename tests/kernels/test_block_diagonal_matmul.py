@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tests.helpers import assert_close
 
 from recast.kernels.block_diagonal_matmul.reference import block_diagonal_matmul, block_diagonal_to_dense
+from tests.helpers import assert_close
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 7), (3, 4, 2), (8, 1, 3)], ids=str)

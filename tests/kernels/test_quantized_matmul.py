@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from tests.helpers import assert_close
 
 from recast.kernels.quantized_matmul import reference
+from tests.helpers import assert_close
 
 
 @pytest.mark.parametrize("features", [1, 2, 7, 64])

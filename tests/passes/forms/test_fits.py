@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from tests.helpers import assert_close
 from torch import Tensor
 
 from recast.passes.forms import (
@@ -20,6 +19,7 @@ from recast.passes.forms import (
 )
 from recast.passes.forms.linear_algebra import best_left, leading_subspace
 from recast.patterns.errors import CalibrationError, FormError
+from tests.helpers import assert_close
 
 SHAPES = [(20, 30), (30, 20), (25, 25), (1, 9), (200, 300), (300, 150)]
 

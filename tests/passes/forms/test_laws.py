@@ -8,13 +8,13 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load, save
-from tests.helpers import assert_close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from recast.passes.forms import Dense, Form, NamedForm, Operator, Quantized, Stats, forms, relative_error
+from tests.helpers import assert_close
 
 SHAPES = [(63, 60), (60, 63), (577, 64), (1, 37), (24, 48)]
 COMPOSITES = [

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import assert_close
 
 from recast.passes import forms as package
 from recast.passes.forms import Dense, Form, NamedForm, Operator, Product, RowStack, Stats, Sum, registry
 from recast.patterns.errors import FormError
+from tests.helpers import assert_close
 
 
 def test_shared_storage_is_counted_once() -> None:
