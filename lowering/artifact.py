@@ -25,6 +25,7 @@ from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import calibrate
 from recast.passes.plan import Plan, plan
 from recast.passes.recipe import Recipe
+from recast.passes.render import page
 from recast.passes.report import Report
 from recast.passes.rewrite import rewrite
 from recast.patterns.capture.export import capture
@@ -117,6 +118,7 @@ class Artifact:
                 data["interface"] = _interface_to(self.interface)
             self.lowering.write(folder)
             (folder / "report.json").write_text(json.dumps(self.report.to_dict(), indent=1), encoding="utf-8")
+            (folder / "report.html").write_text(page(self.report), encoding="utf-8")
             if self.plan is not None:
                 (folder / "plan.yaml").write_text(str(self.plan), encoding="utf-8")
             data["files"] = {p.name: _checksum(p) for p in sorted(folder.iterdir())}
