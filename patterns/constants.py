@@ -22,10 +22,18 @@ class Constants:
     ----------
     program
         The program looked at; it must not change while this object is in use.
+
+    Attributes
+    ----------
+    weights
+        Of the program, gathered once.
+    sources
+        For every constant value, the names of the weights it is made of.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.weights = program.weights
         written = {name for _, kind, name in program.interface.mutations if kind == "weight"}
         self.sources: dict[fx.Node, tuple[str, ...]] = {}
         self._values: dict[fx.Node, Any] = {}

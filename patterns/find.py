@@ -96,15 +96,16 @@ def coverage(program: Program) -> Coverage:
     """Measure how much of a program `find` reaches; see `Coverage`."""
     constants = Constants(program)
     sites, mismatches = find_linear(program, constants)
-    weights = program.weights
+    weights = constants.weights
     matched = {name for site in sites for name in site.weights}
     misses = list(mismatches)
     counted = {m.name for m in misses if m.parameters}
     total = sum(weights[name].numel() for name in matched | counted if is_matrix(weights[name]) or name in matched)
+    users = _users(program, constants)
     for name, weight in weights.items():
         if name in matched or name in counted or not is_matrix(weight):
             continue
-        miss, multiplied = _other_use(name, program, constants)
+        miss, multiplied = _other_use(name, users.get(name, []), program, constants)
         misses.append(miss)
         total += weight.numel() if multiplied else 0
     owned = sum(weights[name].numel() for name in matched)
@@ -112,14 +113,20 @@ def coverage(program: Program) -> Coverage:
     return Coverage(total, owned, flops, sum(site.flops for site in sites), tuple(sites), tuple(misses))
 
 
-def _other_use(name: str, program: Program, constants: Constants) -> tuple[Mismatch, bool]:
-    """Say what a matrix that no product touches is used for, and whether that counts as multiplying."""
-    users: list[fx.Node] = []
+def _users(program: Program, constants: Constants) -> dict[str, list[fx.Node]]:
+    """Computed values that read each weight, directly or through a constant made of it."""
+    users: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
         if node.op == "call_function" and node not in constants:
-            users += [node] * any(name in constants.sources.get(n, ()) for n in node.all_input_nodes)
+            for name in {w for n in node.all_input_nodes for w in constants.sources.get(n, ())}:
+                users.setdefault(name, []).append(node)
+    return users
+
+
+def _other_use(name: str, users: list[fx.Node], program: Program, constants: Constants) -> tuple[Mismatch, bool]:
+    """Say what a matrix that no product touches is used for, and whether that counts as multiplying."""
     kinds = {node.target for node in users}
-    numel = program.weights[name].numel()
+    numel = constants.weights[name].numel()
     node = users[0] if users else None
     where, label = (source_line(node), node.name) if node else ("", "")
     if kinds and kinds <= set(_LOOKUPS):

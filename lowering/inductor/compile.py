@@ -27,11 +27,10 @@ class _Flat(nn.Module):
 
 
 def compile_program(program: Program, *, freezing: bool, options: dict[str, Any]) -> Callable[..., Any]:
-    """Compile a program without operator nodes; dimensions that capture left free stay dynamic."""
-    dynamic = any(isinstance(s, torch.SymInt) for n in program.inputs() for s in getattr(n.meta.get("val"), "shape", ()))
+    """Compile a program without operator nodes: for the first shapes as they are, from the second on for any that capture left free."""
     settings = {**options, **({"freezing": True} if freezing else {})}
     compiled: Callable[..., Any] = torch.compile(
-        _Flat(program).eval(), fullgraph=True, dynamic=True if dynamic else None, options=settings
+        _Flat(program).eval(), fullgraph=True, dynamic=None, options=settings
     )
     return compiled
 

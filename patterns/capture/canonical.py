@@ -26,7 +26,7 @@ def canonicalise(program: Program) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target in _ASSERTIONS:
+        if node.target in _ASSERTIONS or node.target is torch._C._set_grad_enabled:  # values depend on neither
             graph.erase_node(node)
         elif (source := _identity(node)) is not None:
             node.replace_all_uses_with(source)
@@ -37,7 +37,7 @@ def canonicalise(program: Program) -> None:
 
 
 def _impure(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or (node.op == "call_function" and "_assert" in str(node.target))
+    return bool(node.is_impure()) or (node.op == "call_function" and "_assert" in str(node.target))
 
 
 def _identity(node: fx.Node) -> fx.Node | None:

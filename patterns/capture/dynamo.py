@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -63,7 +65,9 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         with fx.traceback.preserve_node_meta():
             return fx.Interpreter(gm).run(*args)
 
-    traced = make_fx(run, pre_dispatch=True, decomposition_table={}, tracing_mode="real")(*fakes)
+    mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), contextlib.nullcontext())
+    with mode:  # tensors made on the way (positions, masks) must be fake as well
+        traced = make_fx(run, pre_dispatch=True, decomposition_table={}, tracing_mode="real")(*fakes)
     names: dict[int, str] = {}
     kept: list[int] = []
     written = _written(traced)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,8 +62,26 @@ def capture(
     args, kwargs = tuple(args), dict(kwargs or {})
     if not isinstance(model, nn.Module):
         raise CaptureError(f"capture: a torch.nn.Module is needed, {type(model).__name__} was given; wrap the function in a module")
-    exported, notes = _export(model, args, kwargs, dynamic_shapes)
-    return from_exported(exported, model, args, kwargs, notes)
+    with _without_cache(model, args, kwargs) as said:
+        exported, notes = _export(model, args, kwargs, dynamic_shapes)
+    return from_exported(exported, model, args, kwargs, said + notes)
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[str]]:
+    """Keep a Hugging Face model from giving back a key-value cache that was not asked for, while it is traced."""
+    parameters = list(inspect.signature(model.forward).parameters)
+    given = {*kwargs, *parameters[: len(args)]}
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    asked = "use_cache" in given or any(kwargs.get(k) is not None for k in ("past_key_values", "past_key_value"))
+    changed = [c for c in configs.values() if getattr(c, "use_cache", None) is True] if not asked else []
+    for config in changed:
+        config.use_cache = False
+    try:
+        yield ["captured with use_cache=False: no key-value cache is given back (pass use_cache to decide)"] if changed else []
+    finally:
+        for config in changed:
+            config.use_cache = True
 
 
 def _export(
@@ -75,7 +95,6 @@ def _export(
         attempts.append((args, kwargs, None, fixed))
     else:
         attempts.append((args, kwargs, dynamic_shapes, None))
-    failure: Exception | None = None
     same_batch = model.register_forward_pre_hook(_check_batches, with_kwargs=True) if dynamic_shapes is None else None
     try:
         return _first_that_works(model, attempts)

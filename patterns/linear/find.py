@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from recast.patterns.constants import Constants
 from recast.patterns.linear.packing import packed_parts, size_hint
 from recast.patterns.linear.spellings import spell
-from recast.patterns.program import Program
+from recast.patterns.program import Program, get_by_path
 from recast.patterns.sites import LinearSite, Mismatch, Use, source_line
 
 __all__ = ["Matrix", "find_linear", "matrix_of", "product_flops"]
@@ -40,7 +40,7 @@ def find_linear(program: Program, constants: Constants | None = None) -> tuple[l
             for use in _single_matrices(_with_following_bias(found, constants)):
                 grouped.setdefault(matrix_of(use, constants).place, []).append(use)
         elif found is not None:
-            missed.append(_mismatch(node, found, constants, program))
+            missed.append(_mismatch(node, found, constants))
     names: dict[str, int] = {}
     sites = [_site(uses, constants, names) for uses in grouped.values()]
     return _mark_tied(sites, program, constants), missed
@@ -99,10 +99,11 @@ def matrix_of(use: Use, constants: Constants) -> Matrix:
     layout = _as_matrix(constants.layout(use.weight), use)
     storages = tuple(constants.storages(use.weight))
     names = constants.sources[use.weight]
-    version = sum(constants.program.weights[name]._version for name in names)
+    held = [get_by_path(constants.program.module, name) for name in names]
+    version = sum(0 if weight.is_inference() else weight._version for weight in held)
     source = constants.layout(next(iter(_weights(use.weight))))
     if layout.untyped_storage()._cdata == source.untyped_storage()._cdata:
-        offset = constants.program.weights[names[0]].storage_offset()
+        offset = held[0].storage_offset()
         where: tuple[Any, ...] = (storages[0]._cdata, offset + layout.storage_offset(), layout.stride())
     else:  # a cast, a sum: known by how it is computed
         where = (*(s._cdata for s in storages), _expression(use.weight), repr(use.contraction.matrix_order()), use.index)
@@ -248,14 +249,14 @@ def _mark_tied(sites: list[LinearSite], program: Program, constants: Constants) 
     ]
 
 
-def _mismatch(node: fx.Node, reason: str, constants: Constants, program: Program) -> Mismatch:
+def _mismatch(node: fx.Node, reason: str, constants: Constants) -> Mismatch:
     weights = [w for n in node.all_input_nodes if n in constants for w in constants.sources[n]]
-    matrices = [w for w in weights if program.weights[w].ndim > 1]
+    matrices = [w for w in weights if constants.weights[w].ndim > 1]
     name = matrices[0] if matrices else node.name
     return Mismatch(
         name=name,
         kind="convolution" if "conv" in str(node.target) else "product",
-        parameters=program.weights[name].numel() if matrices else 0,
+        parameters=constants.weights[name].numel() if matrices else 0,
         reason=reason,
         node=node.name,
         where=source_line(node),

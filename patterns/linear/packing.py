@@ -26,7 +26,7 @@ _VIEWS = {
 }
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.split.sizes}
 _TAKES = {aten.slice.Tensor, aten.select.int, aten.narrow.default}
-_LIMIT = 1 << 24  # elements followed; larger examples are left unpacked
+_LIMIT = 1 << 27  # elements followed; larger examples are left unpacked
 
 
 def size_hint(size: Any) -> int:
@@ -62,7 +62,7 @@ def packed_parts(use: Use, name: str) -> tuple[Part, ...]:
     total = 1
     for size in shape:
         total *= size
-    if total > _LIMIT:
+    if total > _LIMIT or not _taken_apart(use.node):
         return ()
     index = torch.arange(rows, dtype=torch.int32).view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
     pieces = _follow(use.node, index.contiguous(), split=False)
@@ -74,6 +74,16 @@ def packed_parts(use: Use, name: str) -> tuple[Part, ...]:
     sets.sort(key=lambda s: int(s[0]))
     names = _names(name, [len(s) for s in sets])
     return tuple(Part(n, _ranges(s)) for n, s in zip(names, sets, strict=True))
+
+
+def _taken_apart(node: fx.Node) -> bool:
+    """Whether views of a result lead to a split, before anything is computed."""
+    while len(node.users) == 1 and (user := next(iter(node.users))).target in _VIEWS:
+        node = user
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in _SPLITS:
+        return True
+    return len(users) > 1 and all(u.target in _TAKES for u in users)
 
 
 def _follow(node: fx.Node, value: Tensor, *, split: bool) -> list[Tensor] | None:
