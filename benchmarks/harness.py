@@ -30,7 +30,7 @@ from rich.table import Table
 
 LIBRARIES = ("torch", "numpy", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "recast")
 X86 = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-PATIENCE, HOPELESS = 3, 4  # who is more than 4 times slower than the baseline runs in 3 rounds
+PATIENCE, HOPELESS = 2, 4  # who is more than 4 times slower than the baseline runs in 2 rounds
 ARM = ("asimd", "asimddp", "i8mm", "bf16", "sve")
 
 
