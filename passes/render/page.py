@@ -203,14 +203,14 @@ def _map(report: Report) -> list[dict[str, Any]]:
     low, high = _legend(report.rows)
     groups: list[dict[str, Any]] = []
     for row in report.rows:
-        group = _layer(row.name)
-        if not groups or groups[-1]["name"] != group:
-            groups.append({"name": group, "blocks": [], "total": 0})
+        layer = _layer(row.name)
+        if not groups or groups[-1]["name"] != layer:
+            groups.append({"name": layer, "blocks": [], "total": 0})
         error = _error(row)
         heat = 0.0 if error <= 0 else (math.log(error) - math.log(low)) / (math.log(high) - math.log(low))
         groups[-1]["blocks"].append(
             {
-                "name": row.name.removeprefix(f"{group}.") if group else row.name,
+                "name": row.name.removeprefix(f"{layer}.") if layer else row.name,
                 "bytes": row.bytes_after,
                 "heat": round(100 * min(1.0, max(0.0, heat))),
                 "tip": _tip(row),
@@ -220,11 +220,19 @@ def _map(report: Report) -> list[dict[str, Any]]:
     widest = max((g["total"] for g in groups), default=1) or 1
     for group in groups:
         group["share"] = 100 * group["total"] / widest
+        names = [block["name"] for block in group["blocks"]]
         for block in group["blocks"]:
-            block["label"] = (
-                _short(block["name"], [b["name"] for b in group["blocks"]]) if group["name"] else block["name"]
-            )
+            block["label"] = _short(block["name"], names) if group["name"] else block["name"]
     return groups
+
+
+def _tip(row: SiteRow) -> str:
+    measured = "measured" if row.measured_error is not None else "of the weight"
+    return (
+        f"{row.name}\n{row.form}\n"
+        f"{row.shape[0]}×{row.shape[1]}, {bytes_text(row.bytes_before)} → {bytes_text(row.bytes_after)}\n"
+        f"error {error_text(_error(row))} {measured}, {error_text(row.predicted_error)} predicted"
+    )
 
 
 def _layer(name: str) -> str:

@@ -1,0 +1,154 @@
+"""Models and artifacts side by side on the same data: fidelity to the first, size and time, in one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recast.models import Model
+from recast.passes.progress import track
+from recast.patterns.errors import CalibrationError, RecastError
+
+__all__ = ["Agreement", "compare", "interleaved"]
+
+Run = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
+
+
+@dataclasses.dataclass
+class Agreement:
+    """How near one model's output is to another's, gathered batch by batch.
+
+    Examples
+    --------
+    >>> import torch
+    >>> agreement = Agreement()
+    >>> agreement.add(torch.eye(3), torch.eye(3))
+    >>> agreement.to_dict()["worst_cosine"]
+    1.0
+    """
+
+    gap: float = 0.0
+    norm: float = 0.0
+    largest: float = 0.0
+    cosines: float = 0.0
+    vectors: int = 0
+    worst: float = float("inf")
+
+    def add(self, reference: Tensor, found: Tensor, mask: Tensor | None = None) -> None:
+        """Take in a batch; where `mask` covers the leading dimensions, only its nonzero places count."""
+        a, b = reference.detach().double(), found.detach().double()
+        if mask is not None and a.ndim == mask.ndim + 1 and a.shape[:-1] == mask.shape:
+            a, b = a[mask.bool()], b[mask.bool()]
+        if a.numel() == 0:
+            return
+        difference = a - b
+        self.gap += float(difference.square().sum())
+        self.norm += float(a.square().sum())
+        self.largest = max(self.largest, float(difference.abs().max()))
+        cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1).reshape(-1)
+        cosine = torch.where(difference.reshape(len(cosine), -1).abs().amax(-1) == 0, torch.ones_like(cosine), cosine)
+        self.cosines += float(cosine.sum())
+        self.vectors += cosine.numel()
+        self.worst = min(self.worst, float(cosine.min()))
+
+    def to_dict(self) -> dict[str, float]:
+        """JSON-able figures; empty where nothing was added."""
+        if not self.vectors:
+            return {}
+        return {
+            "mean_cosine": self.cosines / self.vectors,
+            "worst_cosine": self.worst,
+            "relative_error": (self.gap / self.norm) ** 0.5 if self.norm else self.gap**0.5,
+            "max_difference": self.largest,
+        }
+
+
+def interleaved(
+    runs: Mapping[str, Run], batch: Mapping[str, Tensor], *, rounds: int, progress: bool | None = None
+) -> dict[str, float]:
+    """Median milliseconds of each contestant on one batch, taken in turns, so that all see the same machine.
+
+    Parameters
+    ----------
+    runs
+        What to time, by name; each is run twice before, which compiles what compiles.
+    batch
+        Inputs.
+    rounds
+        Timed turns.
+    progress
+        Show a progress bar; by default on a terminal.
+    """
+    for run in track(list(runs.values()), "warming up", progress):
+        run(batch)
+        run(batch)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in track(range(rounds), "timing", progress):
+        names = list(runs)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody always follows the same one
+            start = time.perf_counter()
+            runs[name](batch)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+
+
+def compare(
+    models: Sequence[Model], batches: Sequence[Mapping[str, Tensor]], *, rounds: int = 7, progress: bool | None = None
+) -> list[dict[str, Any]]:
+    """Rows ``name, target, bytes, milliseconds, fidelity``, the first model being the reference.
+
+    A model that fails on the data gets a row with ``error`` in place of figures.
+
+    Raises
+    ------
+    CalibrationError
+        The first model, or none of the others, runs on the data.
+    """
+    reference: list[list[Tensor]] = []
+    rows: list[dict[str, Any]] = []
+    runs: dict[str, Run] = {}
+    for position, model in enumerate(track(models, "running", progress)):
+        row: dict[str, Any] = {"name": model.label, "target": model.target, "bytes": model.nbytes}
+        row |= {"milliseconds": None, "fidelity": {}}
+        rows.append(row)
+        agreement = Agreement()
+        try:
+            for i, batch in enumerate(batches):
+                found = [t for t in model.run(batch) if t.is_floating_point()]
+                if not position:
+                    reference.append(found)
+                _agree(agreement, reference[i], found, batch.get("attention_mask"))
+        except (RecastError, RuntimeError, TypeError, KeyError, ValueError) as error:
+            if not position or isinstance(error, RecastError):
+                raise CalibrationError(
+                    f"compare: '{model.label}' does not run on the data: {_first_line(error)}"
+                ) from error
+            row["error"] = _first_line(error)
+            continue
+        row["fidelity"] = agreement.to_dict()
+        runs[str(position)] = model.run
+    times = interleaved(runs, batches[0], rounds=rounds, progress=progress)
+    for key, milliseconds in times.items():
+        rows[int(key)]["milliseconds"] = milliseconds
+    return rows
+
+
+def _agree(agreement: Agreement, reference: Sequence[Tensor], found: Sequence[Tensor], mask: Tensor | None) -> None:
+    if not reference or not found:
+        raise ValueError("it gives no floating output")
+    if reference[0].shape != found[0].shape:
+        shapes = tuple(found[0].shape), tuple(reference[0].shape)
+        raise ValueError(
+            f"its first output has shape {shapes[0]}, the first model's has {shapes[1]}; they are not alike"
+        )
+    agreement.add(reference[0], found[0], mask)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,175 @@
+"""What a place in a model is, the nearest pattern, and why it did not match; and what each target runs a form with."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+from recast.lowering.artifact import lower
+from recast.lowering.base import lowerings
+from recast.passes.cache import OperatorCache
+from recast.passes.forms import Form, forms
+from recast.passes.plan import plan
+from recast.passes.recipe import Recipe, Rule
+from recast.passes.rewrite import rewrite
+from recast.patterns.capture.export import capture
+from recast.patterns.errors import FormError, ModelError, RecastError
+from recast.patterns.find import coverage
+from recast.patterns.program import Program
+from recast.patterns.sites import LinearSite, Mismatch
+
+__all__ = ["explain", "forms_by_target"]
+
+
+def explain(program: Program, name: str) -> dict[str, Any]:
+    """Say what a place is.
+
+    Parameters
+    ----------
+    program
+        Where to look.
+    name
+        A site, a part of one, a weight, a module, or a value of the graph.
+
+    Returns
+    -------
+    dict
+        ``name``, ``what`` (``site``, ``part``, ``miss``, ``vector``, ``module``), ``text`` in words, and more by kind.
+
+    Raises
+    ------
+    ModelError
+        There is no such place; the nearest names are given.
+    """
+    covered = coverage(program)
+    sites = {site.name: site for site in covered.sites if isinstance(site, LinearSite)}
+    wanted = program.aliases.get(name, name)
+    site = sites.get(wanted) or next((s for s in sites.values() if wanted in s.weights), None)
+    if site is not None:
+        return _site(site)
+    owner, _, part = wanted.rpartition(".")
+    if owner in sites and part in {p.name for p in sites[owner].parts}:
+        return _part(sites[owner], part)
+    misses = [m for m in covered.misses if wanted in (m.name, m.node, m.name.removesuffix(".weight"))]
+    if misses:
+        return _miss(wanted, misses)
+    weights = program.weights
+    if wanted in weights:
+        shape = tuple(weights[wanted].shape)
+        text = f"a {'vector' if len(shape) < 2 else 'tensor'} of shape {shape}, not a matrix that multiplies"
+        return {"name": wanted, "what": "vector", "shape": list(shape), "text": text}
+    inside = [s for s in sites if s.startswith(f"{wanted}.")]
+    missed = [m for m in covered.misses if m.name.startswith(f"{wanted}.")]
+    if inside or missed:
+        text = f"a module with {len(inside)} sites and {len(missed)} places that did not match"
+        found = [{"name": s, "shape": list(sites[s].shape)} for s in inside]
+        return {"name": wanted, "what": "module", "text": text, "sites": found, "misses": [m.to_dict() for m in missed]}
+    known = [*sites, *weights, *(m.name for m in covered.misses)]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = (
+        f"did you mean {' or '.join(repr(c) for c in close)}?"
+        if close
+        else f"there are {len(sites)} sites, such as {next(iter(sites), 'none')}"
+    )
+    raise ModelError(f"explain: there is no place '{name}' in {program.label}; {hint} `recast inspect` lists them all")
+
+
+def _site(site: LinearSite) -> dict[str, Any]:
+    text = f"matches the pattern 'linear': a {site.out_features}×{site.in_features} matrix, written as {site.spelling}"
+    if len(site.uses) > 1:
+        text += f", used {len(site.uses)} times"
+    if site.parts:
+        text += f"; packed: {', '.join(f'{p.name} ({p.size} rows)' for p in site.parts)}"
+    if site.tied:
+        text += f"; tied: {', '.join(site.tied)} reads the same weight, so a rule must name it to rewrite it"
+    return {**site.to_dict(), "what": "site", "text": text, "forms": _forms(site.shape, site.dtype)}
+
+
+def _part(site: LinearSite, name: str) -> dict[str, Any]:
+    part = next(p for p in site.parts if p.name == name)
+    shape = (part.size, site.in_features)
+    text = f"part '{name}' of the packed matrix {site.name}: {part.size} of its {site.out_features} rows"
+    found = {"name": f"{site.name}.{name}", "what": "part", "kind": site.kind, "shape": list(shape), "text": text}
+    return {**found, "site": site.name, "where": site.where, "forms": _forms(shape, site.dtype)}
+
+
+def _miss(name: str, misses: list[Mismatch]) -> dict[str, Any]:
+    first = misses[0]
+    nearest = "linear" if first.kind in ("product", "convolution", "other") else "none"
+    text = f"not a site ({first.kind}): {first.reason}"
+    if nearest != "none":
+        text = f"nearest pattern 'linear'; did not match: {first.reason}"
+    return {"name": name, "what": "miss", "nearest": nearest, "text": text, "misses": [m.to_dict() for m in misses]}
+
+
+def _forms(shape: tuple[int, int], dtype: torch.dtype) -> list[dict[str, Any]]:
+    """A few forms of every kind: bytes they would take, or why they do not go with the shape."""
+    found = []
+    for kind in forms().values():
+        for form in kind.examples((64, 64))[:2] or []:
+            row: dict[str, Any] = {"form": str(form)}
+            try:
+                form.check(shape)
+                outline = form.outline(shape, dtype)
+                row["bytes"] = outline.nbytes if outline is not None else None
+            except FormError as error:
+                row["problem"] = str(error)
+            found.append(row)
+    return found
+
+
+_COMBINED = ("low_rank(ratio=0.5) | int8", "int4(group=32) + low_rank(rank=16)")
+
+
+class _Branches(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.form = nn.ModuleList(nn.Linear(64, 64) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for layer in self.form]
+
+
+def forms_by_target() -> list[dict[str, Any]]:
+    """Every form with its parameters and what each target runs it with, found by lowering a small model."""
+    rows: list[dict[str, Any]] = []
+    for name, kind in forms().items():
+        parameters = [{"name": p.name, "type": p.type, "default": p.default, "help": p.help} for p in kind.parameters()]
+        examples = dict.fromkeys(str(form) for form in kind.examples((64, 64)))
+        rows.append(
+            {"name": name, "summary": kind.summary, "parameters": parameters, "example": next(iter(examples), name)}
+        )
+    combined: list[dict[str, Any]] = [
+        {"name": "", "summary": "an expression", "parameters": [], "example": text} for text in _COMBINED
+    ]
+    rows += [row for row in combined if _reads(row["example"])]
+    texts = [row["example"] for row in rows]
+    program = capture(_Branches(len(rows)).eval(), (torch.randn(4, 64),))
+    rules = tuple(Rule(f"form.{i}", Form.parse(text)) for i, text in enumerate(texts))
+    cache = OperatorCache(None)
+    decided = plan(program, Recipe(rules=rules, allow_larger=True), cache=cache, progress=False)
+    rewritten = rewrite(program, decided, cache=cache, verification=False, progress=False, pictures=False)
+    for row in rows:
+        row["targets"] = {}
+    for target in lowerings():
+        try:
+            report = lower(rewritten, target).report
+        except RecastError as error:
+            for row in rows:
+                row["targets"][target] = f"not here: {str(error).partition(';')[0]}"
+            continue
+        kernels = {row.name: row.kernel for row in report.rows}
+        for i, row in enumerate(rows):
+            row["targets"][target] = kernels.get(f"form.{i}", "dense")
+    return rows
+
+
+def _reads(text: str) -> bool:
+    try:
+        Form.parse(text)
+    except FormError:
+        return False
+    return True

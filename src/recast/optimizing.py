@@ -1,0 +1,120 @@
+"""`recast optimize`: everything checked first, then the work, then one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from recast.data import is_statistics, read_batches
+from recast.lowering.artifact import check_writable, lower
+from recast.lowering.base import lowering_named
+from recast.models import Model, load_model
+from recast.passes.cache import OperatorCache
+from recast.passes.calibrate import Calibration, calibrate
+from recast.passes.plan import Plan, check_coverage, plan
+from recast.passes.recipe import Recipe
+from recast.passes.report import Report
+from recast.passes.rewrite import rewrite
+from recast.patterns.errors import ArtifactError, CalibrationError, RecipeError
+from recast.patterns.find import coverage
+from recast.patterns.program import Program
+
+__all__ = ["Request", "optimize_model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line; see ``recast optimize --help``."""
+
+    model: str
+    out: Path
+    recipe: str | None = None
+    calibrate: Path | None = None
+    target: str = "inductor"
+    budget: str | None = None
+    min_coverage: float | None = None
+    plan: Path | None = None
+    save_plan: Path | None = None
+    save_statistics: Path | None = None
+    batch_size: int = 8
+    limit: int | None = 256
+    force: bool = False
+
+    def asked(self) -> Recipe:
+        """The recipe with what the options add."""
+        recipe = Recipe.of(self.recipe or "int8")
+        changes: dict[str, float | None] = {}
+        if self.budget is not None:
+            changes["budget"] = Recipe.of({"budget": self.budget}).budget
+        if self.min_coverage is not None:
+            changes["min_coverage"] = self.min_coverage
+        return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]  # names and types match
+
+
+def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
+    """Do what was asked; gives the report that was written.
+
+    Raises
+    ------
+    RecastError
+        Of the kind that says what is wrong; nothing is left half written.
+    """
+    # What can be refused without loading anything is refused first.
+    check_writable(request.out.absolute(), force=request.force)
+    _check_replaceable(request.out)
+    for beside in (request.save_plan, request.save_statistics):
+        if beside is not None and (beside.is_dir() or not os.access(beside.absolute().parent, os.W_OK)):
+            raise ArtifactError(
+                f"optimize: '{beside}' cannot be written: a file in a folder you may write to is needed"
+            )
+    lowering_named(request.target)
+    if request.plan is not None and (request.recipe is not None or request.budget is not None):
+        raise RecipeError("optimize: --plan says what to do already; leave --recipe and --budget out, or --plan")
+    recipe = request.asked()
+    ready = Plan.load(request.plan) if request.plan is not None else None
+    if request.calibrate is not None and not request.calibrate.is_file():
+        raise CalibrationError(
+            f"data: there is no file '{request.calibrate}'; give a .txt, .jsonl or .safetensors file"
+        )
+    say(f"loading {request.model}")
+    model = load_model(request.model)
+    program = model.program()
+    statistics = _statistics(request, model, program)
+    if statistics is not None and request.save_statistics is not None:
+        statistics.save(request.save_statistics)
+    cache = OperatorCache.default()
+    if ready is None:
+        ready = plan(program, recipe, statistics, cache=cache)
+    else:
+        covered = coverage(program)
+        check_coverage(covered.fraction, recipe.min_coverage, covered)
+    if request.save_plan is not None:
+        ready.save(request.save_plan)
+    say("rewriting and verifying")
+    rewritten = rewrite(program, ready, calibration=statistics, cache=cache)
+    say(f"lowering to {request.target}")
+    artifact = lower(rewritten, request.target)
+    artifact.save(request.out, force=request.force)
+    return artifact.report
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse to replace, even by force, a folder that holds something else than an artifact."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "recast.json").is_file():
+        raise ArtifactError(
+            f"artifact: '{out}' holds files that are not an artifact's, which --force would delete; choose another "
+            "folder, or empty this one yourself"
+        )
+
+
+def _statistics(request: Request, model: Model, program: Program) -> Calibration | None:
+    if request.calibrate is None:
+        return None
+    if is_statistics(request.calibrate):
+        found = Calibration.load(request.calibrate)
+        found.check(program)
+        return found
+    batches = read_batches(request.calibrate, model, batch_size=request.batch_size, limit=request.limit)
+    return calibrate(program, batches)

@@ -1,0 +1,104 @@
+"""What the commands print, through rich."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from recast.models import Model
+from recast.passes.render.words import bytes_text, count_text
+from recast.patterns.find import Coverage
+from recast.patterns.program import Program
+from recast.patterns.sites import LinearSite
+
+__all__ = ["explanation", "forms_tables", "inspection"]
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A table; a column whose heading ends in ``>`` is aligned to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        right = column.endswith(">")
+        made.add_column(column.rstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return made
+
+
+def inspection(model: Model, program: Program, covered: Coverage) -> list[Any]:
+    """What `recast inspect` prints."""
+    parameters = sum(w.numel() for w in program.weights.values())
+    flops = covered.flops_matched / covered.flops_total if covered.flops_total else 1.0
+    size = f"{count_text(parameters)} parameters, {bytes_text(model.nbytes)} stored"
+    lines = [
+        f"{model.label} ({model.kind}): {size}, {len(program.graph.nodes)} operations",
+        f"{len(covered.sites)} sites: {covered.fraction:.1%} of the matrix parameters, {flops:.1%} of the FLOPs",
+    ]
+    lines += [f"note: {note}" for note in program.notes]
+    parts: list[Any] = [Text("\n".join(lines))]
+    sites = [s for s in covered.sites if isinstance(s, LinearSite)]
+    rows = [
+        (
+            site.name,
+            f"{site.out_features}×{site.in_features}",
+            count_text(site.parameters),
+            count_text(site.flops),
+            site.spelling + (f", {len(site.uses)} uses" if len(site.uses) > 1 else ""),
+            ", ".join(p.name for p in site.parts) or ("tied" if site.tied else ""),
+            site.where,
+        )
+        for site in sites
+    ]
+    if rows:
+        parts.append(table("Sites", ["site", "shape>", "parameters>", "FLOPs>", "written as", "parts", "where"], rows))
+    misses = [(m.name, m.kind, count_text(m.parameters), m.reason, m.where) for m in covered.misses]
+    if misses:
+        parts.append(table("Not matched", ["name", "kind", "parameters>", "reason", "where"], misses))
+    else:
+        parts.append(Text("nothing was missed"))
+    return parts
+
+
+def explanation(found: Mapping[str, Any]) -> list[Any]:
+    """What `recast explain` prints."""
+    parts: list[Any] = [Text.assemble((str(found["name"]), "bold"), f": {found['text']}")]
+    if found.get("where"):
+        parts.append(Text(f"at {found['where']}"))
+    for miss in found.get("misses", []):
+        where = f" at {miss['where']}" if miss["where"] else ""
+        node = f" (value '{miss['node']}'{where})" if miss["node"] else where
+        parts.append(Text(f"  {miss['name']}, {miss['kind']}: {miss['reason']}{node}"))
+    if found.get("sites"):
+        rows = [(s["name"], "×".join(map(str, s["shape"]))) for s in found["sites"]]
+        parts.append(table("Sites", ["site", "shape>"], rows))
+    if found.get("forms"):
+        takes = []
+        for form in found["forms"]:
+            size = bytes_text(form["bytes"]) if form.get("bytes") else ""
+            takes.append((form["form"], size, form.get("problem", "fits")))
+        parts.append(table("Forms it could take, for example", ["form", "bytes>", ""], takes))
+    return parts
+
+
+def forms_tables(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What `recast forms` prints."""
+    listed = []
+    for row in rows:
+        if not row["name"]:
+            continue
+        parameters = "\n".join(
+            f"{p['name']}: {p['type']}{'' if p['default'] is None else ' = ' + str(p['default'])}  {p['help']}"
+            for p in row["parameters"]
+        )
+        listed.append((row["name"], row["summary"], parameters))
+    targets = list(rows[0]["targets"]) if rows else []
+    runs = [(row["example"], *(row["targets"][t] for t in targets)) for row in rows]
+    return [
+        table("Forms", ["form", "what it is", "parameters"], listed),
+        Text("Forms combine: A + B is a sum, A @ B a product, A | B fits B to what A made."),
+        table("What runs them here", ["form", *targets], runs),
+    ]
