@@ -129,6 +129,9 @@ class Pipeline:
             for option in given:
                 if option not in fields:
                     raise PlanError(f"pipeline: pass '{name}' has no option '{option}'; {nearest(option, fields)}")
+            needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in given]
+            if needed:
+                raise PlanError(f"pipeline: pass '{name}' in '{text}' needs {', '.join(needed)}, as in '{name}{{{needed[0]}=...}}'")
             found.append(kind(**{k.strip(): v.strip() for k, v in given.items()}))
         if ",".join(str(p) for p in found).replace(" ", "") != text.replace(" ", ""):
             raise PlanError(f"pipeline: '{text}' cannot be read; write it like 'raise_sites,apply_forms,cast{{dtype=bf16}}'")

@@ -10,7 +10,7 @@ from torch import Tensor
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.stats import Stats, relative_error
 
-__all__ = ["measured_errors", "predicted_errors"]
+__all__ = ["activation_steps", "measured_errors", "predicted_errors"]
 
 
 def predicted_errors(weight: Tensor, operator: Operator, stats: Stats | None) -> tuple[float, float | None]:
@@ -23,7 +23,7 @@ def predicted_errors(weight: Tensor, operator: Operator, stats: Stats | None) ->
     weight_error, output_error = relative_error(weight, operator, stats)
     if output_error is None or stats is None:
         return weight_error, output_error
-    steps = _activation_steps(operator)
+    steps = activation_steps(operator)
     if steps and stats.sample is not None and stats.gram is not None:
         top = stats.sample.double().abs().amax(1)
         noise = float((top / steps).square().mean()) / 12 * stats.tokens
@@ -33,13 +33,13 @@ def predicted_errors(weight: Tensor, operator: Operator, stats: Stats | None) ->
     return weight_error, output_error
 
 
-def _activation_steps(operator: Operator) -> int:
+def activation_steps(operator: Operator) -> int:
     """Levels on one side of zero that an operator rounds its input to; 0 if it does not."""
     if getattr(operator, "activations", False):
         return 127
     inner = operator.children()
     right = inner.get("right")
-    return _activation_steps(right) if right is not None else 0
+    return activation_steps(right) if right is not None else 0
 
 
 def measured_errors(weight: Tensor, operator: Operator, stats: Stats | None) -> float | None:

@@ -64,7 +64,7 @@ class SiteRow:
             bytes_after=fitted.operator.nbytes,
             flops_before=2 * matrix.shape[0] * matrix.shape[1],
             flops_after=fitted.operator.cost(1).flops,
-            predicted_error=entry.predicted_error,
+            predicted_error=fitted.predicted_error,  # the plan may have been edited since it predicted
             measured_error=fitted.measured_error,
             weight_error=fitted.weight_error,
             spectrum=_spectrum(matrix.read()) if pictures else (),

@@ -2,31 +2,72 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from recast.passes.base import Context, Pass, Soundness
+from recast.passes.errors_of import activation_steps
 from recast.passes.meta import fake_values
+from recast.passes.module import OperatorModule
 from recast.passes.report import fidelity
+from recast.patterns.constants import Constants
 from recast.patterns.errors import VerificationError
+from recast.patterns.linear.find import product_flops
 from recast.patterns.linear.packing import size_hint
 from recast.patterns.printer import type_text
 from recast.patterns.program import Program
 
-__all__ = ["exact_bound", "inputs_of", "probe_inputs", "verify"]
+__all__ = ["bounded_bound", "exact_bound", "inputs_of", "probe_inputs", "product_depth", "verify"]
 
 
 def exact_bound(dtype: torch.dtype) -> float:
-    """Largest relative error that an exact pass may cause in a whole model's output: 2**10 units in the last place.
+    """Largest relative error that an exact pass may cause in a whole model's output.
 
-    An exact rewrite changes the order of summation only. One product of K terms differs by about sqrt(K) units; 2**10 leaves
-    room for K up to 2**16 and some dozens of layers, and is 1.2e-4 in float32.
+    An exact rewrite changes the order of summation only. In float32 and float64 one product of K terms differs by about
+    sqrt(K) units in the last place; 2**10 units leave room for K up to 2**16 and some dozens of layers (1.2e-4 in
+    float32). The 16-bit types add up in float32 and round once a product, so 2**4 units are plenty.
     """
-    return float(torch.finfo(dtype).eps) * 2**10
+    info = torch.finfo(dtype)
+    return float(info.eps) * (2**10 if info.bits >= 32 else 2**4)
+
+
+def bounded_bound(program: Program, dtype: torch.dtype) -> float:
+    """Largest relative error that computing a whole model in another dtype may cause in its output.
+
+    A product rounds its two operands and its result, each by eps / 2, and the elementwise steps around it some more:
+    about one eps a product. Errors of different layers are independent, so they grow with the square root of the depth,
+    counted in products along the deepest path. The constant 8 leaves room for layers that amplify what comes in.
+    """
+    return 8 * float(torch.finfo(dtype).eps) * math.sqrt(max(1, product_depth(program)))
+
+
+def product_depth(program: Program) -> int:
+    """Number of matrix products along the deepest path of a program; attention counts as two."""
+    depth: dict[Any, int] = {}
+    deepest = 0
+    for node in program.graph.nodes:
+        own = 1 if node.op == "call_module" else min(1, product_flops(node))
+        if getattr(node.target, "_opname", "") == "scaled_dot_product_attention":
+            own = 2
+        depth[node] = own + max((depth[n] for n in node.all_input_nodes), default=0)
+        deepest = max(deepest, depth[node])
+    return deepest
+
+
+def coarsest_dtype(*programs: Program) -> torch.dtype:
+    """The floating dtype with the largest eps that any value of some programs has; float32 if there is none."""
+    found = {
+        value.dtype
+        for program in programs
+        for node in program.graph.nodes
+        if isinstance(value := node.meta.get("val"), Tensor) and value.is_floating_point()
+    }
+    return max(found, key=lambda dtype: float(torch.finfo(dtype).eps), default=torch.float32)
 
 
 def verify(before: Program, after: Program, step: Pass, done: list[str], context: Context) -> dict[str, Any]:
@@ -46,7 +87,7 @@ def verify(before: Program, after: Program, step: Pass, done: list[str], context
         _structure(after)
         _metadata(after)
         _interface(before, after)
-        owned = _ownership(before, after)
+        owned = _ownership(before, after, step)
         numbers = _numbers(before, after, step, context)
     except VerificationError as error:
         folder = _dump(before, after, step, done, context)
@@ -95,12 +136,18 @@ def _interface(before: Program, after: Program) -> None:
             raise VerificationError(f"output {i} changed from {type_text(old)} to {type_text(new)}")
 
 
-def _ownership(before: Program, after: Program) -> dict[str, int]:
-    """Each original parameter is kept, or replaced by an operator, or dropped because nothing reads it."""
-    old, new = set(before.weights), set(after.weights)
-    if extra := new - old:
-        raise VerificationError(f"weights {sorted(extra)} appeared from nowhere")
-    return {"weights_kept": len(new), "weights_replaced": len(old - new)}
+def _ownership(before: Program, after: Program, step: Pass) -> dict[str, int]:
+    """Each original parameter is kept as it is, or replaced by an operator, or dropped because nothing reads it."""
+    old, new = before.weights, after.weights
+    if extra := sorted(set(new) - set(old)):
+        raise VerificationError(f"weights {extra} appeared from nowhere")
+    for name, weight in new.items():
+        same = weight.shape == old[name].shape
+        if step.soundness is not Soundness.BOUNDED:
+            same = same and weight.data_ptr() == old[name].data_ptr() and weight.dtype == old[name].dtype
+        if not same:
+            raise VerificationError(f"weight '{name}' is another tensor than before")
+    return {"weights_kept": len(new), "weights_replaced": len(set(old) - set(new))}
 
 
 def _numbers(before: Program, after: Program, step: Pass, context: Context) -> dict[str, float]:
@@ -108,37 +155,94 @@ def _numbers(before: Program, after: Program, step: Pass, context: Context) -> d
     with torch.no_grad():
         reference = before.module(*_fresh(probe))
         found = after.module(*_fresh(probe))
+    coarsest = coarsest_dtype(before, after)
+    bounds = {Soundness.EXACT: exact_bound(coarsest), Soundness.BOUNDED: bounded_bound(before, coarsest)}
+    bound = bounds.get(step.soundness, math.inf)
     worst = 0.0
     for i, (a, b) in enumerate(zip(reference, found, strict=True)):
         if not isinstance(a, Tensor):
             continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise VerificationError(f"output {i} is {type_text(b)}, it was {type_text(a)}")
         if not a.is_floating_point():
             if step.soundness is Soundness.EXACT and not torch.equal(a, b):
                 raise VerificationError(f"output {i} differs, though the pass is exact")
             continue
-        if bool(torch.isfinite(a).all()) and not bool(torch.isfinite(b).all()):
+        finite = torch.isfinite(a)
+        if not bool(torch.isfinite(b[finite]).all()):
             raise VerificationError(f"output {i} is no longer finite")
-        error = fidelity(a, b)["relative_error"] if a.numel() and bool(torch.isfinite(a).all()) else 0.0
+        error = fidelity(a[finite], b[finite])["relative_error"]
         worst = max(worst, error)
-        if step.soundness is Soundness.EXACT and error > exact_bound(a.dtype):
+        if error > bound:
+            advice = "; is the model stable in this dtype?" if step.soundness is Soundness.BOUNDED else ""
             raise VerificationError(
-                f"output {i} differs by {error:.3g} (relative), an exact pass may cause {exact_bound(a.dtype):.3g}"
+                f"output {i} differs by {error:.3g} (relative), a pass that is {step.soundness.value} may cause "
+                f"{bound:.3g}{advice}"
             )
     if step.soundness is Soundness.LOSSY:
-        _within_prediction(context)
-    return {"output_error": worst}
+        _within_prediction(context, coarsest)
+        check_operators(before, after, {row.name: row.weight_error for row in context.notes.get("apply_forms", [])})
+    return {"output_error": worst, **({"bound": bound} if math.isfinite(bound) else {})}
 
 
-def _within_prediction(context: Context) -> None:
-    """The measured error of each site must be what the plan predicted, up to sampling."""
+def _within_prediction(context: Context, dtype: torch.dtype) -> None:
+    """The measured error of each site must be what the fit predicted, up to sampling and rounding."""
     for row in context.notes.get("apply_forms", []):
         if row.measured_error is None:
             continue
         # The sample is a part of the data the prediction was made on: twice the figure is beyond chance.
-        bound = 2 * row.predicted_error + 2**8 * torch.finfo(torch.float32).eps
-        if row.measured_error > bound and row.bytes_before > 0:
+        bound = 2 * row.predicted_error + exact_bound(dtype)
+        if row.measured_error > bound:
             raise VerificationError(
-                f"site '{row.name}' ({row.form}) has a measured error of {row.measured_error:.3g}, {row.predicted_error:.3g} was predicted"
+                f"site '{row.name}' ({row.form}) has a measured error of {row.measured_error:.3g}, "
+                f"{row.predicted_error:.3g} was predicted"
+            )
+
+
+def check_operators(before: Program, after: Program, errors: dict[str, float]) -> None:
+    """Each operator must stand for its site's own weight, within the error its fit had, and compute what it stands for.
+
+    Parameters
+    ----------
+    before, after
+        Around `apply_forms`; raised linears and operators carry the mark ``recast_site``.
+    errors
+        Relative weight error of each fit, by name of the site or of its parts.
+    """
+    constants = Constants(before)
+    weights = {
+        n.meta["recast_site"]: n.args[1]
+        for n in before.graph.nodes
+        if "recast_site" in n.meta and n.op == "call_function"
+    }
+    for node in after.graph.find_nodes(op="call_module"):
+        module = after.module.get_submodule(str(node.target))
+        weight = weights.get(node.meta.get("recast_site"))
+        if not isinstance(module, OperatorModule) or not isinstance(weight, fx.Node):
+            continue
+        if weight not in constants or any(s.nbytes() == 0 for s in constants.storages(weight)):
+            continue  # a released weight was checked when it was fitted
+        wanted, operator = constants.value(weight).detach().double(), module.operator
+        dense = operator.to_dense().detach()
+        dense = dense if module.order is None else dense[module.order]
+        if dense.shape != wanted.shape:
+            raise VerificationError(
+                f"site '{module.site}' has an operator of shape {tuple(dense.shape)}, its weight {tuple(wanted.shape)}"
+            )
+        mine = [e for name, e in errors.items() if name == module.site or name.rpartition(".")[0] == module.site]
+        found = fidelity(wanted, dense)["relative_error"]
+        slack = exact_bound(operator.dtype)
+        if found > max(mine, default=0.0) * 1.001 + slack:
+            raise VerificationError(
+                f"site '{module.site}' ({module.form}) stands for a matrix that differs by {found:.3g} from the "
+                f"weight, its fit differed by {max(mine, default=0.0):.3g}"
+            )
+        x = torch.randn(8, dense.shape[1], generator=torch.Generator().manual_seed(0)).to(dense)
+        with torch.no_grad():
+            error = fidelity(x @ dense.T, module(x))["relative_error"]
+        if error > slack + (0.05 if activation_steps(operator) else 0.0):
+            raise VerificationError(
+                f"site '{module.site}' ({module.form}) computes something else than its matrix: {error:.3g} (relative)"
             )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from typing import ClassVar
 
 import torch
@@ -44,6 +46,7 @@ class ApplyForms(Pass):
                 marked.setdefault(name, []).append(node)
         by_node = {use.product: (site, use) for site in sites for use in site.uses}
         rows: list[SiteRow] = []
+        taken: set[str] = set()
         for name, nodes in track(list(marked.items()), "rewriting", context.progress):
             site, use = by_node[nodes[0]]
             # Names may shift once spelled as linear; the mark holds the name that the plan speaks of.
@@ -51,16 +54,24 @@ class ApplyForms(Pass):
             targets = targets_of([site], constants, context.calibration)
             operator, form, order = _operator(name, targets, context, rows)
             module = OperatorModule(operator, name, form, order)
-            path = f"recast_operators.{name.replace('.', '_').replace('#', '_')}"
+            path = _free_path(name, taken)
             set_by_path(result.module, path, module)
             for node in nodes:
                 _replace(result, node, path)
-        _drop_unused_weights(result)
+        result.graph.eliminate_dead_code()  # weights that nothing reads any more
         propagate(result)
         result.graph.lint()
         result.module.recompile()
         context.notes[self.name] = rows
         return result
+
+
+def _free_path(name: str, taken: set[str]) -> str:
+    """Where to hold a site's operator: ``a.b_c`` and ``a_b.c`` must not meet."""
+    plain = re.sub(r"\W", "_", name)
+    path = next(p for i in itertools.count() if (p := f"{plain}_{i}" if i else plain) not in taken)
+    taken.add(path)
+    return f"recast_operators.{path}"
 
 
 def _replace(program: Program, node: fx.Node, path: str) -> None:
@@ -70,10 +81,6 @@ def _replace(program: Program, node: fx.Node, path: str) -> None:
     call.meta = {k: v for k, v in node.meta.items() if k != "val"}
     node.replace_all_uses_with(call)
     program.graph.erase_node(node)
-
-
-def _drop_unused_weights(program: Program) -> None:
-    program.graph.eliminate_dead_code()
 
 
 def _operator(
