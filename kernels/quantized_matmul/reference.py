@@ -37,12 +37,18 @@ def group_count(features: int, group: int | None) -> int:
     return 1 if group is None else -(-features // group)
 
 
-def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
-    """Return the smallest and largest code before the offset of packing; symmetric int8 leaves -128 out."""
+def code_range(bits: int, symmetric: bool, reduce_range: bool = False) -> tuple[int, int]:
+    """Return the smallest and largest code before the offset of packing; symmetric int8 leaves -128 out.
+
+    With `reduce_range`, int8 codes stay within -64..64: products with bytes, added in pairs, then fit 16 bits, as x86 without
+    VNNI adds them.
+    """
     if bits not in (4, 8):
         raise ValueError(f"quantize: {bits} bits are not supported; 4 or 8 would work")
     if bits == 4:
         return (-8, 7) if symmetric else (0, 15)
+    if reduce_range:
+        return (-64, 64)
     return (-127, 127) if symmetric else (-128, 127)
 
 
@@ -66,7 +72,15 @@ def unpack_int4(packed: Tensor, features: int) -> Tensor:
     return pairs.reshape(packed.shape[0], -1)[:, :features]
 
 
-def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, group: int | None) -> Tensor:
+def quantize(
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    bits: int,
+    group: int | None,
+    reduce_range: bool = False,
+) -> Tensor:
     """Round a weight to the codes nearest to it, for given scales.
 
     Parameters
@@ -77,13 +91,15 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, g
         (m, groups); `zero` is None for a symmetric code.
     bits, group
         4 or 8; inputs in a group, None for all of them.
+    reduce_range
+        Keep int8 codes within -64..64, see `code_range`.
 
     Returns
     -------
     int8 (m, n), or uint8 (m, ⌈n/2⌉) for four bits.
     """
     n = weight.shape[1]
-    low, high = code_range(bits, zero is None)
+    low, high = code_range(bits, zero is None, reduce_range)
     each = _spread(scale, n, group)
     # A group of zeros has scale 0; its codes are 0 whatever they are divided by.
     codes = torch.round(weight.to(scale.dtype) / torch.where(each == 0, 1, each))
@@ -137,17 +153,42 @@ def dequantizing_matmul(
     return torch.nn.functional.linear(x, weight)
 
 
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each vector of (..., n) to int8 codes with a scale of its own, the largest value becoming 127.
+def quantize_tokens(x: Tensor, *, per_token: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Round vectors of (..., n) to int8 codes: ``x = (code - zero) * scale`` over the range of the vector, zero included.
+
+    Parameters
+    ----------
+    x
+        (..., n), floating.
+    per_token
+        A scale and a zero for each vector; else one pair for all of them, as ONNX's DynamicQuantizeLinear.
 
     Returns
     -------
-    int8 (..., n), and the scales (..., 1) in float32 (float64 for float64); a vector of zeros has codes 0.
+    codes
+        int8 (..., n).
+    scale, zero
+        (..., 1), or all sizes 1 if not `per_token`, in float32 (float64 for float64); `zero` holds whole numbers. Zeros
+        become the code `zero` exactly.
+
+    Examples
+    --------
+    >>> codes, scale, zero = quantize_tokens(torch.tensor([[0.0, 1.0, 2.55]]))
+    >>> codes.tolist(), zero.tolist()
+    ([[-128, -28, 127]], [[-128.0]])
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = wide.abs().amax(-1, keepdim=True) / 127
-    codes = torch.round(wide / torch.where(scale == 0, 1, scale)).clamp(-127, 127)
-    return codes.to(torch.int8), scale
+    top, bottom = wide.amax(-1, keepdim=True).clamp_min(0), wide.amin(-1, keepdim=True).clamp_max(0)
+    if not per_token:
+        # A zero is put to the vectors' own ranges, so that there is something to reduce even without vectors.
+        one = [1] * wide.dim()
+        top = torch.nn.functional.pad(top.reshape(-1), (0, 1)).amax().reshape(one)
+        bottom = torch.nn.functional.pad(bottom.reshape(-1), (0, 1)).amin().reshape(one)
+    scale = (top - bottom) / 255
+    safe = torch.where(scale == 0, 1, scale)
+    zero = torch.round(-128 - bottom / safe).clamp(-128, 127)
+    codes = (torch.round(wide / safe) + zero).clamp(-128, 127)
+    return codes.to(torch.int8), scale, zero
 
 
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -166,9 +207,15 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def dynamic_int8_matmul(
-    x: Tensor, values: Tensor, scale: Tensor, zero: Tensor | None = None, *, group: int | None = None
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    group: int | None = None,
+    per_token: bool = True,
 ) -> Tensor:
-    """Multiply vectors by an int8 weight after rounding each vector to int8 too.
+    """Multiply vectors by an int8 weight after rounding the vectors to int8 too.
 
     Parameters
     ----------
@@ -180,6 +227,8 @@ def dynamic_int8_matmul(
         (m, groups).
     group
         Inputs in a group, None for all of them.
+    per_token
+        See `quantize_tokens`.
 
     Returns
     -------
@@ -187,14 +236,31 @@ def dynamic_int8_matmul(
     dtype.
     """
     m, n = values.shape
-    codes, token_scale = quantize_tokens(x.reshape(-1, n))
+    codes, token_scale, token_zero = quantize_tokens(x, per_token=per_token)
+    codes = codes.reshape(-1, n)
+    vectors = x.reshape(-1, n)  # gives the number of tokens even where it is symbolic
+    token_scale, token_zero = (
+        t.expand(*x.shape[:-1], 1).reshape(vectors.shape[0], 1) for t in (token_scale, token_zero.to(torch.int32))
+    )
     groups = group_count(n, group)
     if group is None or groups == 1:
-        total = _offset(integer_matmul(codes, values), codes, zero).to(scale.dtype) * scale[:, 0]
+        a, b, offset = codes, values, zero
     else:
-        a = _groups_first(codes, group, groups)  # (groups, tokens, group)
-        b = _groups_first(values, group, groups)  # (groups, m, group)
-        sums = _offset(integer_matmul(a, b), a, None if zero is None else zero.T.unsqueeze(-1))
+        a, b = _groups_first(codes, group, groups), _groups_first(values, group, groups)
+        offset = None if zero is None else zero.T.unsqueeze(-1)
+    # sum (a - za)(w - zw) = sum a (w - zw) - za (sum w - n zw); groups padded with code 0 count only what they hold.
+    sums = _offset(integer_matmul(a, b), a, offset)
+    held = b.sum(-1, dtype=torch.int32)
+    if offset is not None:
+        sizes = torch.full((groups,), n if group is None or groups == 1 else group, dtype=torch.int32, device=x.device)
+        if group is not None and groups > 1:
+            sizes = torch.minimum(sizes, n - group * torch.arange(groups, dtype=torch.int32, device=x.device))
+        size = sizes.reshape(-1, 1) if groups > 1 else sizes
+        held = held - size * offset.squeeze(-1).to(torch.int32)
+    sums = sums - token_zero * held.unsqueeze(-2)
+    if groups == 1:
+        total = sums.to(scale.dtype) * scale[:, 0]
+    else:
         total = (sums.to(scale.dtype) * scale.T.unsqueeze(1)).sum(0)
     return (total * token_scale).to(x.dtype).reshape(*x.shape[:-1], m)
 

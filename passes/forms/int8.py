@@ -21,8 +21,10 @@ __all__ = ["Int8"]
 class Int8(NamedForm):
     """One byte a value, a scale for each output channel, or for each group of its inputs.
 
-    With ``activations=true`` each input vector is rounded to int8 as well, with a scale of its own found as it comes
-    ("dynamic, per token"), and the product runs on integers; `apply` is then linear only up to that rounding.
+    With ``activations=true`` inputs are rounded to int8 as well, over the range found as they come ("dynamic"), and the
+    product runs on integers; `apply` is then linear only up to that rounding. Each vector has a scale and zero point of its
+    own, or with ``per_token=false`` all share one pair, as ONNX's DynamicQuantizeLinear. ``reduce_range=true`` keeps the
+    weight's codes within -64..64, for x86 without VNNI, whose int8 product would saturate.
 
     Examples
     --------
@@ -33,15 +35,21 @@ class Int8(NamedForm):
     name: ClassVar[str] = "int8"
     summary: ClassVar[str] = "8-bit integer weights; with activations=true inputs too, rounded token by token"
     # Scales come from the largest value alone, data or none.
-    optimal_on_data: ClassVar[bool] = True
+    optimal_on_data: ClassVar[bool] = True  # (with reduce_range the fit itself keeps the better scales, row by row)
 
     group: int | None = field(default=None, metadata={"help": "inputs that share a scale; none: a whole row"})
     activations: bool = field(default=False, metadata={"help": "round each input vector to int8 as well"})
+    per_token: bool = field(default=True, metadata={"help": "with activations: a scale for each vector, not one for all"})
+    reduce_range: bool = field(default=False, metadata={"help": "codes within -64..64, exact without VNNI"})
     symmetric: bool = field(default=True, metadata={"help": "zero is code 0; false: a zero point for each group"})
 
     def __post_init__(self) -> None:
         if self.group is not None and self.group < 1:
             raise FormError(f"int8: group is {self.group}, not positive; 128 would work")
+        if not (self.per_token or self.activations):
+            raise FormError("int8: per_token=false speaks of activations, which are left alone; add activations=true")
+        if self.reduce_range and not self.symmetric:
+            raise FormError("int8: reduce_range goes with symmetric codes; leave symmetric=false out")
 
     @property
     def dense_leaves(self) -> bool:
@@ -49,7 +57,15 @@ class Int8(NamedForm):
 
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:
-        return [cls(), cls(group=16), cls(symmetric=False), cls(activations=True), cls(group=16, activations=True)]
+        return [
+            cls(),
+            cls(group=16),
+            cls(symmetric=False),
+            cls(activations=True),
+            cls(group=16, activations=True),
+            cls(activations=True, symmetric=False),
+            cls(activations=True, per_token=False, reduce_range=True),
+        ]
 
     @classmethod
     def ladder(cls, shape: tuple[int, int]) -> list[NamedForm]:
@@ -57,10 +73,19 @@ class Int8(NamedForm):
 
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Quantized:
         return outline_quantized(
-            shape, dtype, bits=8, group=self.group, symmetric=self.symmetric, activations=self.activations
+            shape, dtype, bits=8, group=self.group, symmetric=self.symmetric, **self._rounding()
         )
 
     def solve(self, weight: Tensor, stats: Stats | None) -> Quantized:
         return fit_quantized(
-            weight, stats, bits=8, group=self.group, symmetric=self.symmetric, activations=self.activations
+            weight,
+            stats,
+            bits=8,
+            group=self.group,
+            symmetric=self.symmetric,
+            reduce_range=self.reduce_range,
+            **self._rounding(),
         )
+
+    def _rounding(self) -> dict[str, bool]:
+        return {"activations": self.activations, "per_token": self.per_token}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +36,9 @@ class Quantized(Operator):
     full_shape
         (m, n).
     activations
-        Whether `apply` also rounds each input vector to int8, with a scale of its own ("W8A8", dynamic).
+        Whether `apply` also rounds its inputs to int8 as they come ("W8A8", dynamic).
+    per_token
+        Whether each input vector then has a scale and zero point of its own; else all vectors share one pair.
     compute
         The floating dtype of `to_dense`.
     """
@@ -50,6 +52,7 @@ class Quantized(Operator):
     full_shape: tuple[int, int]
     activations: bool = False
     compute: torch.dtype = field(default=torch.float32)
+    per_token: bool = True
 
     def __post_init__(self) -> None:
         m, n = self.full_shape
@@ -85,10 +88,12 @@ class Quantized(Operator):
             )
         if x.requires_grad and torch.is_grad_enabled():
             # Rounding has no slope; its gradient is taken as that of the identity ("straight through").
-            codes, scale = reference.quantize_tokens(x.detach())
-            rounded = x + ((codes.to(scale.dtype) * scale).to(x.dtype) - x).detach()
+            codes, scale, zero = reference.quantize_tokens(x.detach(), per_token=self.per_token)
+            rounded = x + (((codes.to(scale.dtype) - zero) * scale).to(x.dtype) - x).detach()
             return torch.nn.functional.linear(rounded, self.to_dense().to(x.dtype))
-        return reference.dynamic_int8_matmul(x, self.values, self.scale, self.zero, group=self.group)
+        return reference.dynamic_int8_matmul(
+            x, self.values, self.scale, self.zero, group=self.group, per_token=self.per_token
+        )
 
     def to_dense(self) -> Tensor:
         return reference.dequantize(
@@ -116,6 +121,7 @@ class Quantized(Operator):
             "shape": list(self.full_shape),
             "symmetric": self.symmetric,
             "activations": self.activations,
+            "per_token": self.per_token,
             "dtype": dtype_name(self.compute),
         }
 
@@ -133,12 +139,11 @@ class Quantized(Operator):
             (int(m), int(n)),
             bool(fields["activations"]),
             dtype_from_name(fields["dtype"]),
+            bool(fields["per_token"]),
         )
 
     def to(self, dtype: torch.dtype) -> Quantized:
-        return Quantized(
-            self.values, self.scale, self.zero, self.bits, self.group, self.full_shape, self.activations, dtype
-        )
+        return replace(self, compute=dtype)
 
 
 # Fractions of the range that are tried where clipping the largest values may pay: with four bits it does.
@@ -148,7 +153,15 @@ _SLAB = 1 << 19
 
 
 def fit_quantized(
-    weight: Tensor, stats: Stats | None, *, bits: int, group: int | None, symmetric: bool, activations: bool = False
+    weight: Tensor,
+    stats: Stats | None,
+    *,
+    bits: int,
+    group: int | None,
+    symmetric: bool,
+    activations: bool = False,
+    per_token: bool = True,
+    reduce_range: bool = False,
 ) -> Quantized:
     """Round a weight (m, n) to integers, choosing each group's scale for the least error.
 
@@ -159,7 +172,8 @@ def fit_quantized(
     m, n = weight.shape
     gram = None if stats is None or stats.gram is None else stats.gram.to(weight.device)
     importance = None
-    if gram is not None and bits < 8:
+    coarse = bits < 8 or reduce_range
+    if gram is not None and coarse:
         importance = gram.diagonal().clamp_min(0)
         importance = importance / importance.mean().clamp_min(torch.finfo(importance.dtype).tiny)
     parts = []
@@ -168,12 +182,12 @@ def fit_quantized(
         rows = weight[start : start + step]
         # The scales are at least float32, whatever the weight is.
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        scale, zero = _scales(rows, bits, group, symmetric, None)
+        scale, zero = _scales(rows, bits, group, symmetric, None, reduce_range)
         if importance is not None:
-            scale, zero = _better(
-                rows, gram, bits, group, (scale, zero), _scales(rows, bits, group, symmetric, importance)
-            )
-        parts.append((reference.quantize(rows, scale, zero, bits=bits, group=group), scale, zero))
+            other = _scales(rows, bits, group, symmetric, importance, reduce_range)
+            scale, zero = _better(rows, gram, bits, group, (scale, zero), other, reduce_range)
+        values = reference.quantize(rows, scale, zero, bits=bits, group=group, reduce_range=reduce_range)
+        parts.append((values, scale, zero))
     return Quantized(
         torch.cat([values for values, _, _ in parts]),
         torch.cat([scale for _, scale, _ in parts]),
@@ -183,13 +197,16 @@ def fit_quantized(
         (m, n),
         activations,
         weight.dtype,
+        per_token,
     )
 
 
 _Scales = tuple[Tensor, Tensor | None]
 
 
-def _scales(weight: Tensor, bits: int, group: int | None, symmetric: bool, importance: Tensor | None) -> _Scales:
+def _scales(
+    weight: Tensor, bits: int, group: int | None, symmetric: bool, importance: Tensor | None, reduce_range: bool = False
+) -> _Scales:
     """Choose scale and zero point of each group, (m, groups), for the least (weighted) squared error over clippings."""
     m, n = weight.shape
     groups = reference.group_count(n, group)
@@ -197,7 +214,7 @@ def _scales(weight: Tensor, bits: int, group: int | None, symmetric: bool, impor
     extra = groups * width - n
     # Zeros that fill the last group round to zero and change neither range nor error.
     grouped = torch.nn.functional.pad(weight, (0, extra)).reshape(m, groups, width)
-    low, high = reference.code_range(bits, symmetric)
+    low, high = reference.code_range(bits, symmetric, reduce_range)
     if symmetric:
         top = grouped.abs().amax(-1)
         bottom = -top
@@ -209,7 +226,7 @@ def _scales(weight: Tensor, bits: int, group: int | None, symmetric: bool, impor
     if importance is not None:
         weights = torch.nn.functional.pad(importance.to(weight.dtype), (0, extra)).reshape(1, groups, width)
     best = (step, _zero(bottom, step, low, high, symmetric))
-    if bits == 8:
+    if bits == 8 and not reduce_range:
         # Eight bits leave nothing to gain from clipping.
         return _finish(best, bits)
     least = torch.full_like(step, torch.inf)
@@ -243,12 +260,18 @@ def _finish(best: _Scales, bits: int) -> _Scales:
 
 
 def _better(
-    weight: Tensor, gram: Tensor | None, bits: int, group: int | None, first: _Scales, second: _Scales
+    weight: Tensor,
+    gram: Tensor | None,
+    bits: int,
+    group: int | None,
+    first: _Scales,
+    second: _Scales,
+    reduce_range: bool = False,
 ) -> _Scales:
     """Take, row by row, whichever scales give the smaller error under the Gram matrix."""
     errors = []
     for scale, zero in (first, second):
-        values = reference.quantize(weight, scale, zero, bits=bits, group=group)
+        values = reference.quantize(weight, scale, zero, bits=bits, group=group, reduce_range=reduce_range)
         dense = reference.dequantize(values, scale, zero, bits=bits, group=group, features=weight.shape[1])
         errors.append(row_errors(weight - dense, gram))
     take = (errors[1] < errors[0]).unsqueeze(1)
@@ -264,6 +287,7 @@ def outline_quantized(
     group: int | None,
     symmetric: bool,
     activations: bool = False,
+    per_token: bool = True,
 ) -> Quantized:
     """Return what `fit_quantized` would make, on the meta device."""
     m, n = shape
@@ -278,4 +302,5 @@ def outline_quantized(
         shape,
         activations,
         dtype,
+        per_token,
     )

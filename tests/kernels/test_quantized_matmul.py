@@ -56,7 +56,10 @@ def test_integer_product_is_exact(k: int) -> None:
 @pytest.mark.parametrize("group", [None, 16, 60, 100])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_dynamic_product_against_integers(group: int | None, symmetric: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("per_token", [True, False])
+def test_dynamic_product_against_integers(
+    group: int | None, symmetric: bool, dtype: torch.dtype, per_token: bool
+) -> None:
     n, m = 60, 7
     groups = reference.group_count(n, group)
     scale = torch.rand(m, groups, dtype=dtype) + 0.1
@@ -64,16 +67,21 @@ def test_dynamic_product_against_integers(group: int | None, symmetric: bool, dt
     zero = None if symmetric else torch.randint(-128, 128, (m, groups), dtype=torch.int8)
     x = torch.randn(4, 3, n, dtype=dtype) * torch.logspace(-6, 6, 12, dtype=dtype).reshape(4, 3, 1)
     x[0, 0] = 0
-    actual = reference.dynamic_int8_matmul(x, values, scale, zero, group=group)
-    # Rounding as the kernel rounds, then integers in numpy, then the scales in float64.
+    actual = reference.dynamic_int8_matmul(x, values, scale, zero, group=group, per_token=per_token)
+    # Rounding as ONNX's DynamicQuantizeLinear defines it, then integers in numpy, then the scales in float64.
     rows = x.reshape(-1, n)
-    token = rows.abs().amax(1, keepdim=True) / 127
-    codes = torch.round(rows / torch.where(token == 0, 1, token)).double().numpy().astype(np.int64)
+    axes = (1,) if per_token else (0, 1)
+    top, bottom = rows.amax(axes, keepdim=True).clamp_min(0), rows.amin(axes, keepdim=True).clamp_max(0)
+    token = (top - bottom) / 255
+    safe = torch.where(token == 0, 1, token)
+    centre = torch.round(-bottom / safe - 128).clamp(-128, 127)
+    codes = (torch.round(rows / safe) + centre).clamp(-128, 127) - centre
+    integers = codes.double().numpy().astype(np.int64)
     expected = np.zeros((12, m))
     for g in range(groups):
         columns = slice(0, n) if group is None else slice(g * group, (g + 1) * group)
         offset = 0 if zero is None else zero[:, g : g + 1].numpy().astype(np.int64)
-        part = codes[:, columns] @ (values[:, columns].numpy().astype(np.int64) - offset).T
+        part = integers[:, columns] @ (values[:, columns].numpy().astype(np.int64) - offset).T
         expected += part * scale[:, g].double().numpy()
     expected *= token.double().numpy()
     for row in range(12):
@@ -82,11 +90,20 @@ def test_dynamic_product_against_integers(group: int | None, symmetric: bool, dt
 
 
 def test_tokens_are_rounded_to_their_own_range() -> None:
-    x = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]])
-    codes, scale = reference.quantize_tokens(x)
-    assert codes.tolist() == [[64, -127, 32], [0, 0, 0]]
+    x = torch.tensor([[1.0, -2.0, 0.55], [0.0, 0.0, 0.0]])
+    codes, scale, zero = reference.quantize_tokens(x)
+    assert codes.tolist() == [[127, -128, 89], [-128, -128, -128]]
+    assert zero.tolist() == [[42.0], [-128.0]]
     assert scale.shape == (2, 1)
     assert reference.quantize_tokens(x.bfloat16())[1].dtype == torch.float32
+    shared = reference.quantize_tokens(x, per_token=False)
+    assert shared[1].shape == shared[2].shape == (1, 1)
+    assert shared[0][1].tolist() == [42, 42, 42]
+
+
+def test_reduced_range_cannot_saturate_pairs() -> None:
+    low, high = reference.code_range(8, True, reduce_range=True)
+    assert 2 * 255 * max(-low, high) < 2**15
 
 
 def test_unknown_widths_are_refused() -> None:

@@ -99,9 +99,11 @@ def test_apply_is_the_product_with_the_dense_matrix(fitted: Fitted, form: Form, 
         if not rounds_activations(operator):
             assert_close(actual, expected, terms=4 * shape[1])
         elif isinstance(operator, Quantized) and x.numel():
-            # Each input is off by at most half a step; the exact integer result is checked with the kernel.
-            half = x.abs().amax(-1, keepdim=True) / 254
-            assert bool(((actual - expected).abs() <= half * dense.abs().sum(1) * (1 + 1e-4)).all())
+            # Each input is off by a step at most (half for itself, half for the zero point at the ends of the range); the
+            # exact integer result is checked with the kernel.
+            axes = (-1,) if operator.per_token else tuple(range(x.dim()))
+            step = (x.amax(axes, keepdim=True).clamp_min(0) - x.amin(axes, keepdim=True).clamp_max(0)) / 255
+            assert bool(((actual - expected).abs() <= step * dense.abs().sum(1) * (1 + 1e-4)).all())
         elif x.numel():
             # Independent roundings of all inputs, each of relative size 1/127 at most, one for each stage.
             assert float((actual - expected).norm()) <= 0.03 * float(x.norm()) * float(
