@@ -130,7 +130,8 @@ def _other_use(name: str, users: list[fx.Node], program: Program, constants: Con
     node = users[0] if users else None
     where, label = (source_line(node), node.name) if node else ("", "")
     if kinds and kinds <= set(_LOOKUPS):
-        return Mismatch(name, "embedding", numel, _LOOKUPS[next(iter(kinds))], label, where), False
+        reason = next(_LOOKUPS[kind] for kind in _LOOKUPS if kind in kinds)
+        return Mismatch(name, "embedding", numel, reason, label, where), False
     if kinds and kinds <= _ELEMENTWISE | set(_LOOKUPS):
         return Mismatch(name, "table", numel, "added to or joined with activations, not multiplied", label, where), False
     if not users:

@@ -72,19 +72,29 @@ class Interface:
         return self._leaves(tuple(given[n] for n in self.args), {n: given[n] for n in self.kwargs})
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if len(leaves) != self.in_spec.num_leaves:
+        try:  # by structure: dictionaries may come with their keys in another order
+            leaves = self.in_spec.flatten_up_to((args, kwargs))
+            fits = all(pytree.tree_structure(leaf).is_leaf() for leaf in leaves)
+        except (ValueError, TypeError, KeyError):
+            fits = False
+        if not fits:
             raise TypeError(
-                f"program was captured with {self.in_spec.num_leaves} inputs, {len(leaves)} were given "
-                f"(structure {spec} instead of {self.in_spec})"
+                f"program was captured with inputs of structure {_structure_text(self.in_spec)}, "
+                f"{_structure_text(pytree.tree_structure((args, kwargs)))} were given"
             )
         for position, value in self.constants.items():
-            if not isinstance(leaves[position], Tensor) and leaves[position] != value:
+            given = leaves[position]
+            if isinstance(given, Tensor) or type(given) is not type(value) or given != value:
+                shown = "a tensor" if isinstance(given, Tensor) else repr(given)
                 raise TypeError(
-                    f"input {position} was the constant {value!r} at capture and is {leaves[position]!r} now; "
+                    f"input {position} was the constant {value!r} at capture and is {shown} now; "
                     "capture again with this value"
                 )
-        return leaves
+        return list(leaves)
+
+
+def _structure_text(spec: Any) -> str:
+    return " ".join(str(pytree.treespec_pprint(spec)).split())
 
 
 @dataclasses.dataclass
@@ -168,15 +178,25 @@ class Program:
         return pytree.tree_unflatten(results, self.interface.out_spec)
 
     def _check(self, leaves: list[Any]) -> None:
+        sizes: dict[str, tuple[Any, str]] = {}
         for node, value in zip(self.inputs(), leaves, strict=True):
             expected = node.meta.get("val")
             if not isinstance(expected, Tensor):
                 continue
             if not isinstance(value, Tensor):
-                raise TypeError(f"input '{node.name}' must be a tensor like {shape_text(expected)}, not {type(value).__name__}")
-            sizes = list(zip(expected.shape, value.shape, strict=False))
-            fits = expected.ndim == value.ndim and all(not isinstance(e, int) or e == v for e, v in sizes)
-            if not fits or expected.dtype != value.dtype:
+                kind = type(value).__name__
+                raise TypeError(f"input '{node.name}' must be a tensor like {shape_text(expected)}, not {kind}")
+            fits = expected.ndim == value.ndim and expected.dtype == value.dtype
+            for wanted, given in zip(expected.shape, value.shape, strict=False):
+                if isinstance(wanted, int):
+                    fits = fits and wanted == given
+                    continue
+                known, where = sizes.setdefault(str(wanted), (given, node.name))
+                if known != given and isinstance(known, int) and isinstance(given, int):
+                    raise TypeError(
+                        f"inputs '{where}' and '{node.name}' share the size {wanted}; {known} and {given} were given"
+                    )
+            if not fits:
                 raise TypeError(
                     f"input '{node.name}' was captured as {shape_text(expected)}, a {shape_text(value)} was given; "
                     "capture with dynamic_shapes, or with the shapes and dtypes you mean to use"
@@ -213,10 +233,13 @@ class Program:
 
     def nbytes(self) -> int:
         """Bytes of all weights and of the operators that replaced some, each storage counted once."""
-        seen: dict[tuple[Any, int], int] = {}
+        held: dict[int, tuple[int, dict[tuple[Any, ...], int]]] = {}
         for tensor in self.storages():
-            seen[(tensor.untyped_storage().data_ptr(), tensor.storage_offset())] = tensor.numel() * tensor.element_size()
-        return sum(seen.values())
+            storage = tensor.untyped_storage()
+            _, views = held.setdefault(storage._cdata, (storage.nbytes(), {}))
+            views[tensor.storage_offset(), tuple(tensor.shape), tensor.stride()] = tensor.numel() * tensor.element_size()
+        # A view of a larger storage holds no more than what it shows; a released storage holds nothing.
+        return sum(min(size, sum(views.values())) for size, views in held.values())
 
     def storages(self) -> Iterator[Tensor]:
         """All tensors the program needs to run."""
@@ -277,6 +300,6 @@ def tensor_digest(tensor: Tensor, sample: int | None = None) -> str:
     if sample is not None and flat.numel() > sample:
         flat = flat[torch.linspace(0, flat.numel() - 1, sample).long()]
     # Copies, a piece at a time: a storage that was once shown to numpy can no longer be released (resized).
-    for piece in flat.split(1 << 22):
+    for piece in flat.split(1 << 22):  # type: ignore[no-untyped-call]
         digest.update(piece.to("cpu", copy=True).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -111,7 +111,7 @@ def _check_batches(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             size = leaf.shape[0]
             hint = size.node.hint if isinstance(size, torch.SymInt) else size
             if hint in first:
-                torch._check(size == first[hint])
+                torch._check(size == first[hint])  # type: ignore[no-untyped-call]
             first.setdefault(hint, size)
 
 
@@ -247,7 +247,7 @@ def from_exported(
         ),
         aliases=aliases,
         door="export",
-        training=model.training,
+        training=any(module.training for module in model.modules()),
         label=type(model).__name__,
         notes=list(notes or []),
     )

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from recast.patterns.constants import Constants
 from recast.patterns.linear.packing import packed_parts, size_hint
-from recast.patterns.linear.spellings import spell
+from recast.patterns.linear.spellings import einsum_letters, spell
 from recast.patterns.program import Program, get_by_path
 from recast.patterns.sites import LinearSite, Mismatch, Use, source_line
 
@@ -35,7 +35,7 @@ def find_linear(program: Program, constants: Constants | None = None) -> tuple[l
     grouped: dict[Any, list[Use]] = {}
     missed: list[Mismatch] = []
     for node in program.graph.nodes:
-        found = spell(node, constants)
+        found = spell(node, constants) if node not in constants else None  # a product of weights is itself a weight
         if isinstance(found, Use):
             for use in _single_matrices(_with_following_bias(found, constants)):
                 grouped.setdefault(matrix_of(use, constants).place, []).append(use)
@@ -131,29 +131,30 @@ def product_flops(node: fx.Node) -> int:
     if node.op != "call_function" or not isinstance(value, Tensor):
         return 0
     out = math.prod(size_hint(s) for s in value.shape)
-    shapes = [
-        [size_hint(s) for s in n.meta["val"].shape]
-        for n in node.all_input_nodes
-        if isinstance(n.meta.get("val"), Tensor)
-    ]
-    target = node.target
+    target, args = node.target, node.args
     if target is aten.scaled_dot_product_attention.default:
-        q, k, v = shapes[:3]
+        q, k, v = (_sizes(a) for a in args[:3])
         return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
     if target in (aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.mv.default):
-        return 2 * out * shapes[0][-1]
+        return 2 * out * _sizes(args[0])[-1]
     if target in (aten.addmm.default, aten.baddbmm.default):
-        return 2 * out * shapes[1][-1]
+        return 2 * out * _sizes(args[1])[-1]
     if target is aten.einsum.default:
-        equation = str(node.args[0]).replace(" ", "")
-        if "..." in equation:
-            return 2 * out * shapes[0][-1]
-        terms = equation.partition("->")[0].split(",")
-        sizes = {d: s for t, shape in zip(terms, shapes, strict=False) for d, s in zip(t, shape, strict=False)}
+        shapes = [_sizes(a) for a in args[1]]  # type: ignore[union-attr]
+        terms = einsum_letters(str(args[0]), tuple(map(len, shapes)))
+        sizes: dict[str, int] = {}
+        for term, shape in zip(terms, shapes, strict=False):
+            sizes.update({d: max(s, sizes.get(d, 1)) for d, s in zip(term, shape, strict=True)})
         return 2 * math.prod(sizes.values())
-    if "conv" in str(target):
-        return 2 * out * math.prod(shapes[1][1:])
+    if "conv" in str(getattr(target, "_opname", "")):
+        # Transposed ones (weight: in, out, ...) spread each input over the kernel, others gather each output from it.
+        transposed = "transpose" in target._opname  # type: ignore[union-attr]
+        return 2 * (math.prod(_sizes(args[0])) if transposed else out) * math.prod(_sizes(args[1])[1:])
     return 0
+
+
+def _sizes(operand: Any) -> list[int]:
+    return [size_hint(s) for s in operand.meta["val"].shape]
 
 
 def _with_following_bias(use: Use, constants: Constants) -> Use:

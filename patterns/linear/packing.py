@@ -111,7 +111,7 @@ def _run(node: fx.Node, value: Tensor) -> Any:
 
     args = fx.node.map_aggregate(node.args, concrete)
     kwargs = fx.node.map_aggregate(node.kwargs, concrete)
-    return node.target(*args, **kwargs)  # type: ignore[operator,misc]
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _ranges(rows: Tensor) -> tuple[tuple[int, int], ...]:

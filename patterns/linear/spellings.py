@@ -13,7 +13,7 @@ from recast.patterns.constants import Constants
 from recast.patterns.contraction import Contraction
 from recast.patterns.sites import Use
 
-__all__ = ["SPELLINGS", "is_matrix", "spell"]
+__all__ = ["SPELLINGS", "einsum_letters", "is_matrix", "spell"]
 
 aten = torch.ops.aten
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -65,6 +65,8 @@ def _use(node: fx.Node, x: fx.Node, weight: fx.Node, letters: tuple[str, str, st
     once = [d for d in paired if sizes[d] == 1]  # a batch of one matrix serves every slice: no batch at all
     if wide := [d for d in paired if d not in once and given[d] != sizes[d]]:
         return f"the activation is broadcast over the weight's {' and '.join(str(sizes[d]) for d in wide)} matrices"
+    if spread := [d for d in w if d in a and d not in y and given[d] != sizes[d]]:
+        return f"a summed dimension is broadcast ({given[spread[0]]} against {sizes[spread[0]]})"
     kept = "".join(d for d in w if d not in once)
     return Use(node, node, x, weight, Contraction(a, kept, y), weight_shape=tuple(sizes[d] for d in kept), **extra)
 
@@ -124,36 +126,39 @@ def _matmul(node: fx.Node, constants: Constants) -> Found:
 
 
 def _einsum(node: fx.Node, constants: Constants) -> Found:
-    equation, operands = node.args[0], node.args[1]
-    assert isinstance(equation, str)
-    if len(operands) != 2:  # type: ignore[arg-type]
-        return f"einsum of {len(operands)} operands"  # type: ignore[arg-type]
-    left, right = operands  # type: ignore[misc]
+    operands: Any = node.args[1]
+    if len(operands) != 2:
+        return f"einsum of {len(operands)} operands"
+    left, right = operands
+    a, b, y = einsum_letters(str(node.args[0]), (_rank(left), _rank(right)))
+    return _operands(node, left, right, (a, b, y), constants)
+
+
+def einsum_letters(equation: str, ranks: tuple[int, ...]) -> tuple[str, ...]:
+    """Terms of an equation and its result, an ellipsis and an implied result written out.
+
+    Examples
+    --------
+    >>> einsum_letters("...i,io", (3, 2))
+    ('ABi', 'io', 'ABo')
+    """
     inputs, arrow, result = equation.replace(" ", "").partition("->")
-    a, b = inputs.split(",")
-    letters = [_expand(t, _rank(n), equation) for t, n in ((a, left), (b, right))]
-    if not arrow:
-        counted = "".join(letters)
-        result = "".join(sorted(d for d in set(counted) if counted.count(d) == 1))
-    width = max(_rank(n) - len(t.replace("...", "")) for t, n in ((a, left), (b, right)))
-    return _operands(node, left, right, (letters[0], letters[1], result.replace("...", _spare(equation)[:width])), constants)
-
-
-def _spare(equation: str) -> str:
-    return "".join(d for d in _LETTERS.upper() + _LETTERS if d not in equation)
-
-
-def _expand(term: str, rank: int, equation: str) -> str:
-    if "..." not in term:
-        return term
-    width = rank - len(term.replace("...", ""))
-    return term.replace("...", _spare(equation)[:width])
+    terms = inputs.split(",")
+    widths = [rank - len(t.replace("...", "")) if "..." in t else 0 for t, rank in zip(terms, ranks, strict=True)]
+    spare = "".join(d for d in _LETTERS.upper() + _LETTERS if d not in equation)[: max(widths)]
+    if not arrow:  # what appears once, in alphabetical order, behind the ellipsis
+        letters = inputs.replace(".", "").replace(",", "")
+        result = "..." * ("..." in inputs) + "".join(sorted(d for d in set(letters) if letters.count(d) == 1))
+    # Dimensions of an ellipsis are aligned from the right.
+    written = [t.replace("...", spare[len(spare) - w :]) for t, w in zip(terms, widths, strict=True)]
+    return (*written, result.replace("...", spare))
 
 
 def _convolution(node: fx.Node, constants: Constants) -> Found:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    x, weight, bias = given["input"], given["weight"], given.get("bias")
+    x: Any = given["input"]
+    weight, bias = given["weight"], given.get("bias")
     if weight not in constants or not isinstance(weight, fx.Node):
         return "the kernel of this convolution is computed, not constant"
     shape = weight.meta["val"].shape
@@ -170,8 +175,9 @@ def _convolution(node: fx.Node, constants: Constants) -> Found:
     lead = "n" if _rank(x) == len(shape) else ""
     if lead and "n" in space:
         return "a convolution over too many dimensions"
-    role = "bias" if bias is None or bias in constants else "addend"
-    return _use(node, x, weight, (f"{lead}y{space}", "zy", f"{lead}z{space}"), **{role: bias})
+    if bias is not None and bias not in constants:
+        return "the bias of this convolution is computed, not constant"
+    return _use(node, x, weight, (f"{lead}y{space}", "zy", f"{lead}z{space}"), bias=bias)
 
 
 def _all(value: Any) -> tuple[Any, ...]:
