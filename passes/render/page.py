@@ -27,6 +27,7 @@ def page(
     title: str | None = None,
     rows: Sequence[Mapping[str, Any]] | None = None,
     per_target: bool = False,
+    remark: str = "",
 ) -> str:
     """One self-contained HTML page.
 
@@ -40,6 +41,8 @@ def page(
         Comparison rows (``name, target, bytes, milliseconds, fidelity``), shown as bars and a table.
     per_target
         Compare each row with the first of the same target, not with the first of all.
+    remark
+        A sentence above the comparison.
 
     Returns
     -------
@@ -51,6 +54,7 @@ def page(
     heading = title or (first.model if first else "recast")
     return _template().render(
         title=heading,
+        remark=remark,
         sections=[_section(name, r) for name, r in reports.items()],
         comparison=_comparison(list(rows or []), per_target) if rows else None,
         coverage=_coverage(first) if first else None,

@@ -79,8 +79,10 @@ def _texts(file: Path, model: Model, size: int, limit: int | None) -> list[Batch
     return tokenized(texts[:limit], model, size)
 
 
-def tokenized(texts: Sequence[str], model: Model, size: int, length: int = _LONGEST) -> list[Batch]:
-    """Texts as batches of the model's inputs, padded to the longest of each batch."""
+def tokenized(
+    texts: Sequence[str], model: Model, size: int, length: int = _LONGEST, *, pad: bool = False
+) -> list[Batch]:
+    """Texts as batches of the model's inputs, padded to the longest of each batch, or to `length` if `pad`."""
     folder = model.directory
     if folder is None or not model.has_tokenizer:
         raise ModelError(
@@ -98,7 +100,9 @@ def tokenized(texts: Sequence[str], model: Model, size: int, length: int = _LONG
         batches = []
         for start in range(0, len(texts), size):
             rows = list(texts[start : start + size])
-            found = tokenizer(rows, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            found = tokenizer(
+                rows, padding="max_length" if pad else True, truncation=True, max_length=length, return_tensors="pt"
+            )
             batches.append({name: value for name, value in found.items() if isinstance(value, Tensor)})
     wanted = model.inputs
     return [{name: value for name, value in batch.items() if name in wanted} for batch in batches]

