@@ -88,13 +88,14 @@ def _inline(
     operands = [argument.meta["val"] for argument in node.args]
     with torch.no_grad():
         traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*operands, *fakes)
+    traced.graph.eliminate_dead_code()  # questions about dtypes, asked while tracing, are recorded too
     graph = program.graph
     environment: dict[fx.Node, Any] = {}
     placeholders = traced.graph.find_nodes(op="placeholder")
     environment.update(zip(placeholders, node.args, strict=False))
     with graph.inserting_before(node):
         for inner, name, fake in zip(placeholders[len(node.args) :], held, fakes, strict=True):
-            environment[inner] = graph.get_attr(name)
+            environment[inner] = graph.create_node("get_attr", name)  # get_attr() would warn: the buffer comes below
             environment[inner].meta["val"] = fake
         for inner in traced.graph.nodes:
             if inner.op == "call_function":

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from recast.lowering.base import Lowering, Runner
 from recast.lowering.inline import inline_operators
 from recast.lowering.onnx.export import export, input_names, output_kinds
+from recast.lowering.onnx.fuse import fuse
 from recast.lowering.onnx.kernels import chooser
 from recast.lowering.onnx.session import load_session, needed, runner
 from recast.passes.module import OperatorModule
@@ -48,7 +49,9 @@ class OnnxRuntime(Lowering):
         if opset < 21:
             raise TargetError(f"target 'onnx': opset is {opset}, at least 21 is needed")
         if accuracy_level not in (0, 4):
-            raise TargetError(f"target 'onnx': accuracy_level is {accuracy_level}; 0 (exact) or 4 (int8 activations) would work")
+            raise TargetError(
+                f"target 'onnx': accuracy_level is {accuracy_level}; 0 (exact) or 4 (int8 activations) would work"
+            )
         self.opset, self.accuracy_level = opset, accuracy_level
         self.external_data, self.threads = external_data, threads
         self.inputs: list[str | None] = []
@@ -61,6 +64,7 @@ class OnnxRuntime(Lowering):
         """Export, and make a session."""
         needed("onnxruntime")
         inlined, self._kernels = inline_operators(program, chooser(self.accuracy_level))
+        fuse(inlined)
         self.inputs, self.outputs = input_names(inlined), output_kinds(inlined)
         self._model = export(inlined, _sites(program), self.opset)
         with tempfile.TemporaryDirectory(prefix="recast-onnx-") as folder:

@@ -102,7 +102,9 @@ def export(program: Program, sites: Mapping[str, str], opset: int) -> Any:
     names, kinds = input_names(program), output_kinds(program)
     positions = [i for i, name in enumerate(names) if name is not None]
     nodes = [program.inputs()[i] for i in positions]
-    free = [{d: torch.export.Dim.AUTO for d, s in enumerate(n.meta["val"].shape) if not isinstance(s, int)} for n in nodes]
+    free = [
+        {d: torch.export.Dim.AUTO for d, s in enumerate(n.meta["val"].shape) if not isinstance(s, int)} for n in nodes
+    ]
     results = [i for i, (kind, _) in enumerate(kinds) if kind != "constant"]
     flat = _Flat(program, positions, results).eval()
     try:
@@ -181,7 +183,9 @@ def _tidy(model: Any, sites: Mapping[str, str]) -> None:
         value.doc_string = None
         if value.shape is not None:
             renamed = [
-                size if isinstance(size, int) else re.sub(r"s\d+", lambda found: sizes.get(found[0], found[0]), str(size.value))
+                size
+                if isinstance(size, int)
+                else re.sub(r"s\d+", lambda found: sizes.get(found[0], found[0]), str(size.value))
                 for size in value.shape
             ]
             value.shape = onnx_ir.Shape([s if isinstance(s, int) or s != "None" else None for s in renamed])

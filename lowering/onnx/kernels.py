@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recast.lowering.inline import Choose, Emit
+from recast.lowering.onnx.integer import rounding_product
 from recast.lowering.onnx.weights import dequantized, four_bit
 from recast.passes.forms.algebra import Product, RowStack, Sum
 from recast.passes.forms.block_diagonal import BlockDiagonal
@@ -124,8 +125,11 @@ def _blocks(held: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 def _quantized(operator: Quantized, accuracy_level: int) -> Packed | None:
-    if operator.scale.dtype != torch.float32 or operator.activations:
+    if operator.scale.dtype != torch.float32:
         return None
+    if operator.activations:
+        rounding = rounding_product(operator)
+        return None if rounding is None else Packed(operator, *rounding)
     if operator.bits == 4:
         made = four_bit(operator, accuracy_level)
         if made is not None:

@@ -39,7 +39,9 @@ def load_session(model: bytes | Path, threads: int | None) -> Any:
     try:
         return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class for every status; all mean the same here
-        raise TargetError(f"target 'onnx': ONNX Runtime {runtime.__version__} does not load the model: {error}") from error
+        raise TargetError(
+            f"target 'onnx': ONNX Runtime {runtime.__version__} does not load the model: {error}"
+        ) from error
 
 
 def runner(session: Any, inputs: Sequence[str | None], outputs: Sequence[Any]) -> Runner:

@@ -11,7 +11,7 @@ from torch.onnx.ops import symbolic
 from recast.kernels.quantized_matmul import reference
 from recast.passes.forms.quantized import Quantized
 
-__all__ = ["contrib", "dequantized", "four_bit"]
+__all__ = ["contrib", "dequantized", "four_bit", "narrow", "wide"]
 
 Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 Made = tuple[str, dict[str, Tensor], Run]
@@ -21,7 +21,11 @@ _BLOCKS = (16, 32, 64, 128, 256)
 
 
 def contrib(
-    name: str, inputs: list[Tensor | None], shape: list[int | torch.SymInt], dtype: torch.dtype = torch.float32, **attributes: int | float
+    name: str,
+    inputs: list[Tensor | None],
+    shape: list[int | torch.SymInt],
+    dtype: torch.dtype = torch.float32,
+    **attributes: int | float,
 ) -> Tensor:
     """Emit one of ONNX Runtime's own operators (domain com.microsoft)."""
     return symbolic(f"com.microsoft::{name}", inputs, dict(attributes), dtype=dtype, shape=shape, version=1)
@@ -43,7 +47,7 @@ def four_bit(operator: Quantized, accuracy_level: int) -> Made | None:
         held["zero"] = reference.pack_int4(operator.zero).reshape(m, -1)
 
     def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        inputs = [_wide(x), tensors["values"], tensors["scale"], tensors.get("zero")]
+        inputs = [wide(x), tensors["values"], tensors["scale"], tensors.get("zero")]
         y = contrib(
             "MatMulNBits",
             [t for t in inputs if t is not None],
@@ -54,7 +58,7 @@ def four_bit(operator: Quantized, accuracy_level: int) -> Made | None:
             block_size=group,
             accuracy_level=accuracy_level,
         )
-        return y.to(x.dtype)
+        return narrow(y, x)
 
     return f"MatMulNBits (4 bits, accuracy level {accuracy_level})", held, run
 
@@ -80,10 +84,16 @@ def dequantized(operator: Quantized) -> Made:
     def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         inputs = [tensors[name] for name in ("values", "scale", "zero") if name in tensors]
         weight = symbolic("DequantizeLinear", inputs, dict(attributes), dtype=torch.float32, shape=[n, m])
-        return (_wide(x) @ weight).to(x.dtype)
+        return narrow(wide(x) @ weight, x)
 
     return f"DequantizeLinear + MatMul ({operator.bits} bits in the file)", held, run
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """X in float32, as ONNX Runtime's own operators take it."""
     return x if x.dtype == torch.float32 else x.to(torch.float32)
+
+
+def narrow(y: Tensor, x: Tensor) -> Tensor:
+    """Y in the dtype of x."""
+    return y if y.dtype == x.dtype else y.to(x.dtype)

@@ -1,0 +1,140 @@
+"""Rewriting a program's graph into what ONNX Runtime runs fastest, before export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from recast.lowering.onnx.weights import contrib
+from recast.patterns.program import Program
+
+__all__ = ["fuse"]
+
+aten = torch.ops.aten
+_SYMBOLIC = torch.ops.onnx_symbolic._symbolic.default
+
+
+def fuse(program: Program) -> None:
+    """Rewrite in place; every rewrite is exact up to the order of additions."""
+    masks: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    for node in list(program.graph.nodes):
+        if node.target is aten.scaled_dot_product_attention.default:
+            _attention(program, node, masks)
+    for node in list(program.graph.nodes):
+        if node.target is aten.add.Tensor:
+            _bias(program, node)
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # strides may differ from those the model was traced with
+    program.graph.eliminate_dead_code()
+    program.graph.lint()
+    program.module.recompile()
+
+
+def _bias(program: Program, node: fx.Node) -> None:
+    """``MatMulIntegerToFloat(...) + bias``: the product adds the bias as it writes."""
+    product, bias = node.args[:2]
+    if node.kwargs or not isinstance(product, fx.Node) or not isinstance(bias, fx.Node):
+        return
+    if product.target is not _SYMBOLIC or product.args[1] != "MatMulIntegerToFloat" or len(product.users) > 1:
+        return
+    if bias.op != "get_attr" or tuple(bias.meta["val"].shape) != tuple(product.meta["val"].shape[-1:]):
+        return
+    inputs = list(product.args[0])  # type: ignore[arg-type]
+    if len(inputs) > 6 or bias.meta["val"].dtype != torch.float32:
+        return
+    node.replace_all_uses_with(product)
+    program.graph.erase_node(node)
+    with program.graph.inserting_before(product):
+        earlier = program.graph.get_attr(str(bias.target))
+    earlier.meta = dict(bias.meta)
+    product.args = ([*inputs, *[None] * (6 - len(inputs)), earlier], *product.args[1:])
+
+
+def _attention(program: Program, node: fx.Node, masks: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> None:
+    """Write attention out: ONNX Runtime's CPU kernel for the whole of it is slower than its parts."""
+    arguments = _named(node)
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
+    mask, causal = arguments["attn_mask"], arguments["is_causal"]
+    if any(n.meta["val"].dtype != torch.float32 or n.meta["val"].dim() < 3 for n in (query, key, value)):
+        return
+    if arguments["dropout_p"] or (causal and mask is not None):
+        return
+    scale = arguments["scale"]
+    factor = float(scale) if scale is not None else float(query.meta["val"].shape[-1]) ** -0.5
+    shared = arguments["enable_gqa"]
+    operands = [query, key, value]
+    if mask is not None:
+        if mask.meta["val"].dtype not in (torch.bool, torch.float32):
+            return
+        if mask not in masks:
+            masks[mask] = _mask(program, mask)
+        operands += masks[mask]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *added: Tensor) -> Tensor:
+        if shared:
+            k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+        scores = contrib("FusedMatMul", [q, k], [*q.shape[:-1], k.shape[-2]], transB=1, alpha=factor)
+        if causal:
+            rows, columns = torch.arange(q.shape[-2]), torch.arange(k.shape[-2])
+            scores = scores + torch.where(columns <= rows.unsqueeze(-1), 0.0, torch.finfo(torch.float32).min)
+        elif added:
+            scores = scores + added[0]
+        y = torch.softmax(scores, -1) @ v
+        return y * added[1] if added else y
+
+    result = splice(program, node, run, operands)
+    node.replace_all_uses_with(result)
+    program.graph.erase_node(node)
+
+
+def _mask(program: Program, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """What is added to scores, and 0 for rows that see nothing, whose result torch defines as zero, else 1."""
+    lowest = torch.finfo(torch.float32).min
+
+    def added(m: Tensor) -> Tensor:
+        return torch.where(m, 0.0, lowest) if m.dtype == torch.bool else m.clamp_min(lowest)
+
+    def seen(m: Tensor) -> Tensor:
+        sees = m if m.dtype == torch.bool else m >= lowest
+        return sees.to(torch.float32).amax(-1, keepdim=True)
+
+    return tuple(splice(program, mask, run, [mask], after=True) for run in (added, seen))  # type: ignore[return-value]
+
+
+def _named(node: fx.Node) -> dict[str, Any]:
+    schema = aten.scaled_dot_product_attention.default._schema.arguments
+    found = {a.name: a.default_value if a.has_default_value() else None for a in schema}
+    found.update({a.name: value for a, value in zip(schema, node.args, strict=False)})
+    found.update(node.kwargs)
+    return found
+
+
+def splice(
+    program: Program, node: fx.Node, run: Callable[..., Tensor], operands: list[fx.Node], after: bool = False
+) -> fx.Node:
+    """Write what `run` does with some nodes' values into the graph, before or after a node; gives the result's node."""
+    with torch.no_grad():
+        traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*[o.meta["val"] for o in operands])
+    environment: dict[fx.Node, Any] = {}
+    graph = program.graph
+    where = graph.inserting_before(node.next if after else node)
+    result: fx.Node | None = None
+    with where:
+        given = iter(operands)
+        for inner in traced.graph.nodes:
+            if inner.op == "placeholder":
+                environment[inner] = next(given)
+            elif inner.op == "call_function":
+                environment[inner] = graph.node_copy(inner, lambda n: environment[n])
+            elif inner.op == "output":
+                result = environment[inner.args[0]]
+            else:
+                raise TypeError(
+                    f"what is written into a graph must not hold tensors of its own ({inner.format_node()})"
+                )
+    assert result is not None
+    return result
