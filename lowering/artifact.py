@@ -29,7 +29,7 @@ from recast.passes.render import page
 from recast.passes.report import Report
 from recast.passes.rewrite import rewrite
 from recast.patterns.capture.export import capture
-from recast.patterns.errors import ArtifactError, TargetError
+from recast.patterns.errors import ArtifactError, RecastError, TargetError
 from recast.patterns.program import Interface, Program
 
 __all__ = ["Artifact", "load", "lower", "optimize", "writing_folder"]
@@ -176,7 +176,12 @@ def writing_folder(directory: str | os.PathLike[str], *, force: bool = False) ->
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.replace(old / target.name)
-            folder.replace(target)
+            try:
+                folder.replace(target)
+            except BaseException:
+                (old / target.name).replace(target)
+                old.rmdir()
+                raise
             shutil.rmtree(old)
         else:
             folder.replace(target)
@@ -251,9 +256,19 @@ def load(directory: str | os.PathLike[str]) -> Artifact:
     seal = folder / "recast.json.sha256"
     if not seal.is_file() or seal.read_text(errors="replace").strip() != hashlib.sha256(text.encode()).hexdigest():
         raise ArtifactError(f"artifact: '{described}' is damaged (checksum differs); copy it again, or make it anew")
-    data = json.loads(text)
+    try:
+        return _load(folder, json.loads(text))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, RecastError):
+            raise
+        raise ArtifactError(
+            f"artifact: '{directory}' cannot be read ({type(error).__name__}: {error}); make it anew"
+        ) from error
+
+
+def _load(folder: Path, data: dict[str, Any]) -> Artifact:
     if data.get("format") != _FORMAT:
-        raise ArtifactError(f"artifact: '{directory}' has format {data.get('format')!r}, this recast reads {_FORMAT}")
+        raise ArtifactError(f"artifact: '{folder}' has format {data.get('format')!r}, this recast reads {_FORMAT}")
     for name, expected in data["files"].items():
         path = folder / name
         if not path.is_file():
@@ -261,7 +276,7 @@ def load(directory: str | os.PathLike[str]) -> Artifact:
         if _checksum(path) != expected:
             raise ArtifactError(f"artifact: '{path}' is damaged (checksum differs); copy it again, or make it anew")
     report = Report.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
-    plan_ = Plan.load(folder / "plan.yaml") if (folder / "plan.yaml").is_file() else None
+    plan_ = Plan.load(folder / "plan.yaml") if "plan.yaml" in data["files"] else None
     kind = lowering_named(data["target"])
     if not kind.stores_program:
         lowering, runner = kind.read(folder, data)

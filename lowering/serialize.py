@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,29 +29,50 @@ _NAMED: dict[str, dict[str, Any]] = {
     "layout": {str(v): v for v in vars(torch).values() if isinstance(v, torch.layout)},
     "memory_format": {str(v): v for v in vars(torch).values() if isinstance(v, torch.memory_format)},
 }
-_MODULES = {"_operator": operator, "operator": operator, "math": math}
+_ALIGNMENT = 64  # bytes; what torch aligns its own memory to, and matrix libraries look at
+
+# Arithmetic on sizes. Modules are not opened as a whole: `operator` alone can fetch any attribute and call it.
+_ARITHMETIC = frozenset(
+    {
+        "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "index", "invert", "le", "lshift", "lt", "mod", "mul",
+        "ne", "neg", "not_", "or_", "pos", "pow", "rshift", "sub", "truediv", "xor",
+    }
+)  # fmt: skip
+_MATHEMATICS = frozenset({"ceil", "floor", "isqrt", "log", "log2", "sqrt", "trunc"})
+# Operations that touch files or run foreign code, whoever names them.
+_FORBIDDEN = re.compile(
+    r"^torch\.ops\.(aten\.(from_file|save|load)|profiler|mkldnn_prepacked|prepacked|c10d|_c10d|rpc)"
+)
+_PATH = re.compile(r"[^\x00-\x1f\x7f\"'\\\\]+")  # names go into the text of generated code
 
 
 def program_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Describe a program: JSON-able structure, and tensors by name."""
     tensors: dict[str, Tensor] = {}
-    strides: dict[str, list[int]] = {}
+    layouts: dict[str, Any] = {}
     operators: dict[str, Any] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        tensors[name] = tensor
+        layouts[name] = {"stride": list(tensor.stride()), "offset": tensor.data_ptr() % _ALIGNMENT}
+
     nodes = []
     for node in program.graph.nodes:
         row: dict[str, Any] = {"op": node.op, "name": node.name, "target": _target_text(node)}
         if node.op == "get_attr":
             value = get_by_path(program.module, node.target)
-            tensors[node.target] = value.detach()
-            if not value.is_contiguous():
-                strides[node.target] = list(value.stride())
+            if not isinstance(value, Tensor):
+                raise ArtifactError(
+                    f"artifact: '{node.target}' is a {type(value).__name__}; a graph with inner graphs cannot be saved"
+                )
+            keep(node.target, value.detach())
         elif node.op == "call_module":
             module = program.module.get_submodule(node.target)
             if not isinstance(module, OperatorModule):
                 raise ArtifactError(f"artifact: '{node.target}' is a {type(module).__name__}, which cannot be saved")
             operators[node.target] = {"config": module.structure.config(), "site": module.site, "form": module.form}
             for name, tensor in module.operator.tensors().items():
-                tensors[f"{node.target}/{name}"] = tensor.detach()
+                keep(f"{node.target}/{name}", tensor.detach())
             if module.order is not None:
                 tensors[f"{node.target}//order"] = module.order
         if node.op != "get_attr":
@@ -62,7 +84,7 @@ def program_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
     data = {
         "nodes": nodes,
         "operators": operators,
-        "strides": strides,
+        "layouts": layouts,
         "aliases": program.aliases,
         "door": program.door,
         "training": program.training,
@@ -158,18 +180,35 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
 def _target(text: str) -> Callable[..., Any]:
     """Operation of a name: an overload under ``torch.ops``, or plain arithmetic on sizes; nothing else can be named."""
     namespace, _, rest = text.partition(".")
-    if text.startswith("torch.ops."):
+    if text.startswith("torch.ops.") and not _FORBIDDEN.match(text):
         found: Any = torch.ops
         for part in text.removeprefix("torch.ops.").split("."):
             found = getattr(found, part, None)
         if isinstance(found, torch._ops.OpOverload):
             return found
-        raise ArtifactError(f"artifact: operation '{text}' is not known to torch {torch.__version__}; import the package that defines it")
-    if namespace in _MODULES and not rest.startswith("_") and callable(getattr(_MODULES[namespace], rest, None)):
-        return getattr(_MODULES[namespace], rest)  # type: ignore[no-any-return]
+        raise ArtifactError(
+            f"artifact: operation '{text}' is not known to torch {torch.__version__}; import the package that defines it"
+        )
+    if namespace in ("_operator", "operator") and rest in _ARITHMETIC:
+        return getattr(operator, rest)  # type: ignore[no-any-return]
+    if namespace == "math" and rest in _MATHEMATICS:
+        return getattr(math, rest)  # type: ignore[no-any-return]
     if namespace == "torch" and rest.startswith("sym_") and callable(getattr(torch, rest, None)):
         return getattr(torch, rest)  # type: ignore[no-any-return]
     raise ArtifactError(f"artifact: operation '{text}' may not be named in an artifact")
+
+
+def _path(text: Any) -> str:
+    """Dotted name of a weight or module, harmless as text."""
+    if not isinstance(text, str) or not all(_PATH.fullmatch(part) for part in text.split(".")):
+        raise ArtifactError(f"artifact: {text!r} is no name of a weight or an operator")
+    return text
+
+
+def _identifier(text: Any) -> str:
+    if not isinstance(text, str) or not text.isidentifier():
+        raise ArtifactError(f"artifact: {text!r} is no name of a value or an argument")
+    return text
 
 
 def program_from(data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
@@ -182,8 +221,12 @@ def program_from(data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
     """
     try:
         return _program_from(data, tensors)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise ArtifactError(f"artifact: the description of the program is damaged ({type(error).__name__}: {error}); save it again") from error
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(
+            f"artifact: the description of the program is damaged ({type(error).__name__}: {error}); save it again"
+        ) from error
 
 
 def _program_from(data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
@@ -192,20 +235,33 @@ def _program_from(data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     symbols: dict[str, Any] = {}
     for path, row in data["operators"].items():
-        held = {n.removeprefix(f"{path}/"): t for n, t in tensors.items() if n.startswith(f"{path}/") and "//" not in n}
+        held = {
+            n.removeprefix(f"{path}/"): _laid_out(t, data["layouts"][n])
+            for n, t in tensors.items()
+            if n.startswith(f"{path}/") and "//" not in n
+        }
         operator_ = Operator.from_config(row["config"], held)
-        set_by_path(root, path, OperatorModule(operator_, row["site"], row["form"], tensors.get(f"{path}//order")))
+        set_by_path(
+            root, _path(path), OperatorModule(operator_, row["site"], row["form"], tensors.get(f"{path}//order"))
+        )
     for row in data["nodes"]:
-        name, op = row["name"], row["op"]
+        name, op = _identifier(row["name"]), row["op"]
         if op == "get_attr":
-            set_by_path(root, row["target"], _restride(tensors[row["target"]], data["strides"].get(row["target"])))
-            node = graph.create_node("get_attr", row["target"], (), {}, name=name)
+            target = _path(row["target"])
+            set_by_path(root, target, _laid_out(tensors[target], data["layouts"][target]))
+            node = graph.create_node("get_attr", target, (), {}, name=name)
         else:
             args, kwargs = _decode(row["args"], nodes), _decode(row["kwargs"], nodes)
-            target: Any = _target(row["target"]) if op == "call_function" else row["target"]
             if op not in ("call_function", "placeholder", "output", "call_module"):
                 raise ArtifactError(f"artifact: node '{name}' is a {op}, which may not be in an artifact")
-            node = graph.create_node(op, target, args, kwargs, name=name)
+            called: Any = row["target"]
+            called = _target(called) if op == "call_function" else _path(called)
+            if op in ("placeholder", "output"):
+                _identifier(called)
+            if op == "call_module" and called not in data["operators"]:
+                raise ArtifactError(f"artifact: node '{name}' calls '{called}', which is no operator")
+            kwargs = {_identifier(k): v for k, v in kwargs.items()}
+            node = graph.create_node(op, called, args, kwargs, name=name)
             if op == "placeholder":
                 node.meta["val"] = _placeholder(row["value"], mode, symbols)
         nodes[name] = node
@@ -227,15 +283,25 @@ def _program_from(data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
         label=data["label"],
         notes=list(data["notes"]),
     )
+    for position, node in enumerate(program.inputs()):
+        if position in program.interface.constants:
+            node.meta["val"] = program.interface.constants[position]
     propagate(program)
     return program
 
 
-def _restride(tensor: Tensor, stride: list[int] | None) -> Tensor:
-    """Lay a weight out in memory as it was: another layout would round differently."""
-    if stride is None:
-        return tensor
-    held = torch.empty_strided(tuple(tensor.shape), stride, dtype=tensor.dtype)
+def _laid_out(tensor: Tensor, layout: dict[str, Any]) -> Tensor:
+    """Lay a weight out in memory as it was: other strides, or another alignment, would round differently."""
+    stride, offset = [int(s) for s in layout["stride"]], int(layout["offset"])
+    extent = (
+        1 + sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True)) if tensor.numel() else 0
+    )
+    if extent > tensor.numel() + _ALIGNMENT or extent < 0:  # overlapping or sparse: nothing a matrix product would see
+        return tensor.clone()
+    spare = _ALIGNMENT // tensor.element_size()
+    memory = torch.empty(extent + (spare if offset else 0), dtype=tensor.dtype)
+    start = (offset - memory.data_ptr()) % _ALIGNMENT // tensor.element_size()
+    held = memory.as_strided(tensor.shape, stride, start if offset else 0)
     held.copy_(tensor)
     return held
 

@@ -33,7 +33,11 @@ def encode_spec(spec: Any) -> Any:
     children = [encode_spec(child) for child in spec.children()]
     for name, plain in _PLAIN.items():
         if kind is plain:
-            return {"kind": name, "keys": list(spec.context) if spec.context is not None else None, "children": children}
+            return {
+                "kind": name,
+                "keys": list(spec.context) if spec.context is not None else None,
+                "children": children,
+            }
     if kind is type(None):
         return {"kind": "none", "keys": None, "children": []}
     named = spec.context if isinstance(spec.context, type) else kind  # namedtuples carry their class as context
@@ -41,6 +45,7 @@ def encode_spec(spec: Any) -> Any:
         "kind": "object",
         "class": f"{named.__module__}:{named.__qualname__}",
         "keys": _keys(spec.context, named),
+        "absent": _absent(spec.context),
         "children": children,
     }
 
@@ -53,6 +58,15 @@ def _keys(context: Any, kind: type) -> list[str] | None:
     if isinstance(context, list | tuple) and all(isinstance(k, str) for k in context):
         return list(context)
     return None
+
+
+def _absent(context: Any) -> list[str]:
+    """Fields of a registered dataclass that were None, and so hold no value."""
+    return (
+        list(context[1])
+        if isinstance(context, list | tuple) and len(context) == 2 and isinstance(context[1], list)
+        else []
+    )
 
 
 def decode_spec(data: Any) -> Any:
@@ -71,13 +85,13 @@ def _rebuild(data: dict[str, Any], children: list[Any]) -> Any:
     if kind == "none":
         return None
     if kind in ("dict", "OrderedDict"):
-        return _PLAIN[kind](zip(keys, children, strict=True))
+        return _PLAIN[kind](zip(keys or [], children, strict=True))
     if kind in _PLAIN:
         return _PLAIN[kind](children)
     cls = _class(str(data.get("class", "")))
     named = dict(zip(keys, children, strict=True)) if keys is not None and len(keys) == len(children) else None
     if cls is not None and named is not None:
-        return cls(**named)
+        return cls(**named, **dict.fromkeys(data.get("absent", [])))
     return named if named is not None else tuple(children)
 
 

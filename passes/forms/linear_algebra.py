@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.stats import Stats
@@ -12,6 +13,8 @@ __all__ = ["behind", "best_left", "leading_subspace", "pseudo_inverse"]
 
 # Below this fraction of the largest eigenvalue, a direction of the data counts as never seen.
 CUTOFF = 1e-10
+
+_ROOTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def pseudo_inverse(gram: Tensor) -> Tensor:
@@ -25,7 +28,7 @@ def pseudo_inverse(gram: Tensor) -> Tensor:
 def _leading_eigenvectors(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
     """Return the `rank` largest eigenvalues, descending, and their vectors (d, rank); None asks for all."""
     size = matrix.shape[0]
-    if matrix.device.type == "cpu" and rank is not None and size >= 128 and rank <= size // 2:
+    if matrix.device.type == "cpu" and rank is not None and size > 1024 and rank <= size // 2:
         # A part of the spectrum costs about half of the whole.
         import scipy.linalg
 
@@ -63,8 +66,7 @@ def leading_subspace(weight: Tensor, gram: Tensor | None, *, rank: int | None = 
     else:
         root = w
         if gram is not None:
-            scales, directions = torch.linalg.eigh(gram.double())
-            root = w @ (directions * scales.clamp_min(0).sqrt())
+            root = w @ _root(gram)
         values, vectors = _leading_eigenvectors(_symmetric(root.T @ root), rank)
         kept = _kept(values, rank, energy, max(m, n))
         # The columns come out orthogonal but for rounding, largest first, so QR changes lengths and signs only.
@@ -80,6 +82,15 @@ def leading_subspace(weight: Tensor, gram: Tensor | None, *, rank: int | None = 
         joined = torch.linalg.qr(torch.cat([basis, more], 1)).Q
         basis = torch.cat([basis, joined[:, basis.shape[1] :]], 1)
     return basis
+
+
+def _root(gram: Tensor) -> Tensor:
+    """A square root S of a Gram matrix, ``G = S Sᵀ``; kept while the matrix lives, since fits that take turns ask again."""
+    held: Tensor | None = _ROOTS.get(gram)
+    if held is None:
+        scales, directions = torch.linalg.eigh(gram.double())
+        held = _ROOTS[gram] = directions * scales.clamp_min(0).sqrt()
+    return held
 
 
 def _kept(values: Tensor, rank: int | None, energy: float, size: int) -> int:
