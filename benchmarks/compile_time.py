@@ -121,7 +121,9 @@ def main(arguments: list[str] | None = None) -> int:
     print("recast = capture + match + plan and rewrite, without verification and without fitting weights")
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps({"benchmark": "compile_time", "machine": machine_facts(), "rows": rows}, indent=1))
+        chosen.json.write_text(
+            json.dumps({"benchmark": "compile_time", "machine": machine_facts(), "rows": rows}, indent=1)
+        )
     return 0
 
 

@@ -79,7 +79,9 @@ class Artifact:
             The artifact was loaded from files that do not hold one (ONNX).
         """
         if self._program is None:
-            raise ArtifactError(f"artifact: loaded for target '{self.target}', it holds no torch program; save the 'eager' target to keep one")
+            raise ArtifactError(
+                f"artifact: loaded for target '{self.target}', it holds no torch program; save the 'eager' target to keep one"
+            )
         return self._program
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +126,9 @@ class Artifact:
             data["files"] = {p.name: _checksum(p) for p in sorted(folder.iterdir())}
             text = json.dumps(data, indent=1)
             (folder / "recast.json").write_text(text, encoding="utf-8")
-            (folder / "recast.json.sha256").write_text(hashlib.sha256(text.encode()).hexdigest() + "\n", encoding="utf-8")
+            (folder / "recast.json.sha256").write_text(
+                hashlib.sha256(text.encode()).hexdigest() + "\n", encoding="utf-8"
+            )
 
     def __repr__(self) -> str:
         return f"<Artifact {self.report.model} for {self.target}: {self.report.bytes_after:,} bytes>"
@@ -169,7 +173,9 @@ def writing_folder(directory: str | os.PathLike[str], *, force: bool = False) ->
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise ArtifactError(f"artifact: '{directory}' cannot be written: {error.strerror}; choose a folder you may write to") from error
+        raise ArtifactError(
+            f"artifact: '{directory}' cannot be written: {error.strerror}; choose a folder you may write to"
+        ) from error
     try:
         yield folder
         folder.chmod(0o755)
@@ -186,7 +192,9 @@ def writing_folder(directory: str | os.PathLike[str], *, force: bool = False) ->
         else:
             folder.replace(target)
     except OSError as error:
-        raise ArtifactError(f"artifact: '{directory}' cannot be written: {error.strerror or error}; nothing was left behind") from error
+        raise ArtifactError(
+            f"artifact: '{directory}' cannot be written: {error.strerror or error}; nothing was left behind"
+        ) from error
     except SafetensorError as error:
         raise ArtifactError(f"artifact: '{directory}' cannot be written: {error}; nothing was left behind") from error
     finally:
@@ -196,12 +204,16 @@ def writing_folder(directory: str | os.PathLike[str], *, force: bool = False) ->
 def check_writable(target: Path, *, force: bool = False) -> None:
     """Raise ArtifactError if a folder exists (unless forced) or its parent cannot be written."""
     if target.exists() and not force:
-        raise ArtifactError(f"artifact: '{target.name}' exists; pass --force (force=True) to replace it, or choose another folder")
+        raise ArtifactError(
+            f"artifact: '{target.name}' exists; pass --force (force=True) to replace it, or choose another folder"
+        )
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"artifact: '{target.name}' is a file, a folder is needed; choose another name")
     parent = next((p for p in target.parents if p.exists()), None)
     if parent is None or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ArtifactError(f"artifact: '{target}' cannot be written: no permission in '{parent}'; choose a folder you may write to")
+        raise ArtifactError(
+            f"artifact: '{target}' cannot be written: no permission in '{parent}'; choose a folder you may write to"
+        )
 
 
 def lower(program: Program, target: str = "inductor", **options: Any) -> Artifact:
@@ -251,7 +263,9 @@ def load(directory: str | os.PathLike[str]) -> Artifact:
     folder = Path(directory)
     described = folder / "recast.json"
     if not described.is_file():
-        raise ArtifactError(f"artifact: '{directory}' holds no recast.json; give a folder that artifact.save or `recast optimize` wrote")
+        raise ArtifactError(
+            f"artifact: '{directory}' holds no recast.json; give a folder that artifact.save or `recast optimize` wrote"
+        )
     text = described.read_text(encoding="utf-8", errors="replace")
     seal = folder / "recast.json.sha256"
     if not seal.is_file() or seal.read_text(errors="replace").strip() != hashlib.sha256(text.encode()).hexdigest():

@@ -58,7 +58,7 @@ class Lowering(abc.ABC):
         """None if the target can run a form; else the reason why not."""
         return None
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:  # noqa: B027 (most targets have none)
         """Write files of the lowering's own next to the program's."""
 
     @classmethod
@@ -86,5 +86,3 @@ def lowering_named(name: str) -> type[Lowering]:
     if name not in known:
         raise TargetError(f"target: there is no target '{name}'; {nearest(name, known)}")
     return known[name]
-
-

@@ -54,7 +54,9 @@ def inline_operators(program: Program, choose: Choose) -> tuple[Program, dict[st
             chosen[path] = (operator, emit)
         _inline(result, node, module, *chosen[path], mode)
     for path, (operator, _) in chosen.items():
-        order = result.module.get_submodule(path).order
+        module = result.module.get_submodule(path)
+        assert isinstance(module, OperatorModule)
+        order = module.order
         parent, _, name = path.rpartition(".")
         delattr(result.module.get_submodule(parent), name)
         for label, tensor in _held(operator, path, order).items():
@@ -69,9 +71,7 @@ def _held(operator: Operator, path: str, order: Tensor | None) -> dict[str, Tens
     return found if order is None else {**found, f"{path}.order": order}
 
 
-def _inline(
-    program: Program, node: fx.Node, module: OperatorModule, operator: Operator, emit: Emit, mode: Any
-) -> None:
+def _inline(program: Program, node: fx.Node, module: OperatorModule, operator: Operator, emit: Emit, mode: Any) -> None:
     path = str(node.target)
     held = _held(operator, path, module.order)
     has_bias = len(node.args) > 1
@@ -85,7 +85,7 @@ def _inline(
 
     with _disable_current_modes():
         fakes = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in held.values()]
-    operands = [argument.meta["val"] for argument in node.args]
+    operands = [argument.meta["val"] for argument in node.args if isinstance(argument, fx.Node)]
     with torch.no_grad():
         traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*operands, *fakes)
     traced.graph.eliminate_dead_code()  # questions about dtypes, asked while tracing, are recorded too
@@ -104,7 +104,9 @@ def _inline(
                     if key in node.meta:
                         environment[inner].meta[key] = node.meta[key]
             elif inner.op == "get_attr":
-                raise TypeError(f"kernel of '{module.site}' closes over a tensor; it must take all tensors from its operator")
+                raise TypeError(
+                    f"kernel of '{module.site}' closes over a tensor; it must take all tensors from its operator"
+                )
             elif inner.op == "output":
                 result = environment[inner.args[0]]
     node.replace_all_uses_with(result)

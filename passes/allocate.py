@@ -49,7 +49,7 @@ def allocate(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]]
     solved = milp(
         flat_errors / max(1e-300, float(np.abs(flat_errors).max())),
         constraints=[LinearConstraint(once, 1, 1), LinearConstraint(flat_costs[None] / scale, -np.inf, budget / scale)],
-        integrality=np.ones(count),
+        integrality=np.ones(count, dtype=np.int64),
         bounds=Bounds(0, 1),
     )
     if solved.x is None:

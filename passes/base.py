@@ -129,12 +129,18 @@ class Pipeline:
             for option in given:
                 if option not in fields:
                     raise PlanError(f"pipeline: pass '{name}' has no option '{option}'; {nearest(option, fields)}")
-            needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in given]
+            needed = [
+                f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in given
+            ]
             if needed:
-                raise PlanError(f"pipeline: pass '{name}' in '{text}' needs {', '.join(needed)}, as in '{name}{{{needed[0]}=...}}'")
+                raise PlanError(
+                    f"pipeline: pass '{name}' in '{text}' needs {', '.join(needed)}, as in '{name}{{{needed[0]}=...}}'"
+                )
             found.append(kind(**{k.strip(): v.strip() for k, v in given.items()}))
         if ",".join(str(p) for p in found).replace(" ", "") != text.replace(" ", ""):
-            raise PlanError(f"pipeline: '{text}' cannot be read; write it like 'raise_sites,apply_forms,cast{{dtype=bf16}}'")
+            raise PlanError(
+                f"pipeline: '{text}' cannot be read; write it like 'raise_sites,apply_forms,cast{{dtype=bf16}}'"
+            )
         return Pipeline(tuple(found))
 
     def check(self) -> None:
@@ -143,7 +149,9 @@ class Pipeline:
         for step in self.passes:
             missing = [need for need in step.requires if need not in have]
             if missing:
-                raise PlanError(f"pipeline: '{step.name}' requires {missing}, which no pass before it in '{self}' ensures")
+                raise PlanError(
+                    f"pipeline: '{step.name}' requires {missing}, which no pass before it in '{self}' ensures"
+                )
             have |= set(step.ensures)
 
 

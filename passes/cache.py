@@ -101,11 +101,13 @@ class OperatorCache:
         identity = (*matrix.place, str(form), stats.hash if stats else "-")
         if identity in self.held:
             references, version, fitted = self.held[identity]
-            if not any(r.expired() for r in references) and (matrix.released or version == matrix.version):
+            if not any(r.expired() for r in references) and (matrix.released or version == matrix.version):  # type: ignore[no-untyped-call]
                 self.hits += 1
                 return fitted
         if matrix.released:
-            raise WeightError(f"the dense weight of '{where}' was released before '{form}' was fitted to it; load the model again")
+            raise WeightError(
+                f"the dense weight of '{where}' was released before '{form}' was fitted to it; load the model again"
+            )
         weight = matrix.read()
         key = self.key(weight, form, stats)
         found = self.memory.get(key) or self._read(key)
@@ -116,7 +118,7 @@ class OperatorCache:
         else:
             self.hits += 1
         self.memory[key] = found
-        self.held[identity] = ([StorageWeakRef(s) for s in matrix.storages], matrix.version, found)
+        self.held[identity] = ([StorageWeakRef(s) for s in matrix.storages], matrix.version, found)  # type: ignore[no-untyped-call]
         return found
 
     @staticmethod

@@ -11,7 +11,7 @@ from recast.passes.forms.operator import Operator
 from recast.passes.forms.quantized import Quantized
 from recast.passes.forms.stats import Stats, relative_error
 
-__all__ = ["rounding_of", "measured_errors", "predicted_errors"]
+__all__ = ["measured_errors", "predicted_errors", "rounding_of"]
 
 
 def predicted_errors(weight: Tensor, operator: Operator, stats: Stats | None) -> tuple[float, float | None]:

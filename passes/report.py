@@ -74,7 +74,11 @@ class SiteRow:
 def _spectrum(matrix: Tensor, points: int = 48) -> tuple[float, ...]:
     if min(matrix.shape) > 2048:
         return ()  # a picture is not worth minutes
-    small = matrix.double() @ matrix.double().T if matrix.shape[0] <= matrix.shape[1] else matrix.double().T @ matrix.double()
+    small = (
+        matrix.double() @ matrix.double().T
+        if matrix.shape[0] <= matrix.shape[1]
+        else matrix.double().T @ matrix.double()
+    )
     values = torch.linalg.eigvalsh(small).clamp_min(0).sqrt().flip(0)
     top = float(values[0]) or 1.0
     picked = torch.linspace(0, len(values) - 1, min(points, len(values))).round().long()

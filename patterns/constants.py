@@ -42,10 +42,13 @@ class Constants:
             if node.op == "get_attr":
                 if node.target not in written and isinstance(get_by_path(program.module, node.target), Tensor):
                     self.sources[node] = (node.target,)
-            elif node.op == "call_function" and node.all_input_nodes and _pure(node):
-                if all(n in self.sources for n in node.all_input_nodes):
-                    names = [name for n in node.all_input_nodes for name in self.sources[n]]
-                    self.sources[node] = tuple(dict.fromkeys(names))
+            elif self._made_of_constants(node):
+                names = [name for n in node.all_input_nodes for name in self.sources[n]]
+                self.sources[node] = tuple(dict.fromkeys(names))
+
+    def _made_of_constants(self, node: fx.Node) -> bool:
+        operands = node.all_input_nodes
+        return node.op == "call_function" and bool(operands) and _pure(node) and all(n in self.sources for n in operands)
 
     def __contains__(self, node: object) -> bool:
         return node in self.sources
@@ -60,7 +63,6 @@ class Constants:
                 self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self._values[node]
 
-
     def layout(self, node: fx.Node) -> Any:
         """The same constant on the meta device: shape, strides and whose memory it shows, without reading a weight."""
         if node not in self._layouts:
@@ -70,7 +72,9 @@ class Constants:
                 self._layouts[node] = torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
             else:
                 args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.layout)
-                args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: "meta" if isinstance(a, torch.device) else a)
+                args, kwargs = fx.node.map_aggregate(
+                    (args, kwargs), lambda a: "meta" if isinstance(a, torch.device) else a
+                )
                 with torch.no_grad():
                     self._layouts[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self._layouts[node]

@@ -85,8 +85,10 @@ class Coverage:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.sites)} sites; parameters {self.parameters_matched:,} of {self.parameters_total:,} "
-            f"({self.fraction:.1%}); FLOPs {self.flops_matched:,} of {self.flops_total:,}"
+            (
+                f"{len(self.sites)} sites; parameters {self.parameters_matched:,} of {self.parameters_total:,} "
+                f"({self.fraction:.1%}); FLOPs {self.flops_matched:,} of {self.flops_total:,}"
+            )
         ]
         lines += [f"  miss {m.name} ({m.kind}, {m.parameters:,} parameters): {m.reason}" for m in self.misses]
         return "\n".join(lines)
@@ -133,10 +135,14 @@ def _other_use(name: str, users: list[fx.Node], program: Program, constants: Con
         reason = next(_LOOKUPS[kind] for kind in _LOOKUPS if kind in kinds)
         return Mismatch(name, "embedding", numel, reason, label, where), False
     if kinds and kinds <= _ELEMENTWISE | set(_LOOKUPS):
-        return Mismatch(name, "table", numel, "added to or joined with activations, not multiplied", label, where), False
+        return Mismatch(
+            name, "table", numel, "added to or joined with activations, not multiplied", label, where
+        ), False
     if not users:
         written = [i for i, kind, n in program.interface.mutations if n == name]
         reason = "written by the model (a cache), not constant" if written else "not used to compute the outputs"
         return Mismatch(name, "buffer", numel, reason), False
     names = ", ".join(sorted({str(k) for k in kinds}))
-    return Mismatch(name, "other", numel, f"used by {names}, which is not a matrix product known here", label, where), True
+    return Mismatch(
+        name, "other", numel, f"used by {names}, which is not a matrix product known here", label, where
+    ), True

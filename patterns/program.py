@@ -50,7 +50,9 @@ class Interface:
         given: dict[str, Any] = {}
         positional = self.parameters or self.args
         if len(args) > len(positional) and not (len(args) == len(self.args) and not kwargs):
-            raise TypeError(f"program takes {len(positional)} positional arguments {positional}, {len(args)} were given")
+            raise TypeError(
+                f"program takes {len(positional)} positional arguments {positional}, {len(args)} were given"
+            )
         if len(args) == len(self.args) and set(kwargs) == set(self.kwargs):
             return self._leaves(args, {name: kwargs[name] for name in self.kwargs})
         for name, value in zip(positional, args, strict=False):
@@ -237,7 +239,9 @@ class Program:
         for tensor in self.storages():
             storage = tensor.untyped_storage()
             _, views = held.setdefault(storage._cdata, (storage.nbytes(), {}))
-            views[tensor.storage_offset(), tuple(tensor.shape), tensor.stride()] = tensor.numel() * tensor.element_size()
+            views[tensor.storage_offset(), tuple(tensor.shape), tensor.stride()] = (
+                tensor.numel() * tensor.element_size()
+            )
         # A view of a larger storage holds no more than what it shows; a released storage holds nothing.
         return sum(min(size, sum(views.values())) for size, views in held.values())
 

@@ -68,20 +68,21 @@ def _packed(weight: Tensor) -> tuple[Tensor, Tensor]:
     place = (storage._cdata, weight.storage_offset(), tuple(weight.shape), weight.stride())
     if place in _PACKED:
         reference, version, packed, zeros = _PACKED[place]
-        if not reference.expired() and version == weight._version:
+        if not reference.expired() and version == weight._version:  # type: ignore[no-untyped-call]
             return packed, zeros
-    for old in [key for key, entry in _PACKED.items() if entry[0].expired()]:
+    for old in [key for key, entry in _PACKED.items() if entry[0].expired()]:  # type: ignore[no-untyped-call]
         del _PACKED[old]
     packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
     zeros = torch.zeros(weight.shape[0], dtype=torch.int32)
-    _PACKED[place] = (StorageWeakRef(storage), weight._version, packed, zeros)
+    _PACKED[place] = (StorageWeakRef(storage), weight._version, packed, zeros)  # type: ignore[no-untyped-call]
     return packed, zeros
 
 
 @functools.cache
 def onednn_available() -> bool:
     """Whether torch was built with oneDNN's int8 products."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
+    available = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.onednn, "qlinear_prepack")
 
 
 @functools.cache

@@ -29,9 +29,7 @@ class _Flat(nn.Module):
 def compile_program(program: Program, *, freezing: bool, options: dict[str, Any]) -> Callable[..., Any]:
     """Compile a program without operator nodes: for the first shapes as they are, from the second on for any that capture left free."""
     settings = {**options, **({"freezing": True} if freezing else {})}
-    compiled: Callable[..., Any] = torch.compile(
-        _Flat(program).eval(), fullgraph=True, dynamic=None, options=settings
-    )
+    compiled: Callable[..., Any] = torch.compile(_Flat(program).eval(), fullgraph=True, dynamic=None, options=settings)
     return compiled
 
 
@@ -49,5 +47,5 @@ def compile_graph(
 
     inlined, kernels = inline_operators(program, choose)
     settings = {**options, **({"freezing": True} if freezing else {})}
-    compiled: Callable[..., Any] = compile_fx(inlined.module, list(inputs), config_patches=settings or None)
+    compiled: Any = compile_fx(inlined.module, list(inputs), config_patches=settings or None)
     return compiled, kernels

@@ -24,7 +24,10 @@ def choose(operator: Operator) -> tuple[str, Operator, Emit]:
     """Kernel of an operator: its name for the report, the operator as the kernel wants it, and what runs it."""
     integer: dict[str, bool] = {}
     _plan(operator, "", integer)
-    names = {"onednn int8" if ok else "aten, rounded in float: this CPU's int8 product would saturate" for ok in integer.values()}
+    names = {
+        "onednn int8" if ok else "aten, rounded in float: this CPU's int8 product would saturate"
+        for ok in integer.values()
+    }
 
     def emit(held: Operator, x: Tensor) -> Tensor:
         return _run(held, x, "", integer)
@@ -36,7 +39,7 @@ def _plan(operator: Operator, path: str, integer: dict[str, bool]) -> None:
     """Decide for each leaf that rounds its input whether the integer product is exact here."""
     if isinstance(operator, Quantized) and operator.activations:
         plain = operator.symmetric and operator.scale.shape[1] == 1
-        integer[path] = plain and int(operator.values.to(int).abs().max()) <= largest_exact_code()
+        integer[path] = plain and int(operator.values.to(torch.int32).abs().max()) <= largest_exact_code()
     for name, child in operator.children().items():
         _plan(child, f"{path}.{name}", integer)
 
@@ -63,7 +66,7 @@ def _int8(operator: Quantized, x: Tensor) -> Tensor:
     """``y = (sum q w - z sum w) * s_x * s_w`` with q, z, s_x of each token."""
     codes, scale, zero = quantize_tokens(x, per_token=operator.per_token)
     weight, weight_scale = operator.values, operator.scale[:, 0].float()
-    sums = int8_matmul(codes.reshape(-1, x.shape[-1]), weight, weight_scale)
+    sums: Tensor = int8_matmul(codes.reshape(-1, x.shape[-1]), weight, weight_scale)
     sums = sums.reshape(*x.shape[:-1], weight.shape[0])
     offset = weight.sum(1).float() * weight_scale
     return ((sums - zero * offset) * scale).to(x.dtype)

@@ -39,7 +39,9 @@ class Int8(NamedForm):
 
     group: int | None = field(default=None, metadata={"help": "inputs that share a scale; none: a whole row"})
     activations: bool = field(default=False, metadata={"help": "round each input vector to int8 as well"})
-    per_token: bool = field(default=True, metadata={"help": "with activations: a scale for each vector, not one for all"})
+    per_token: bool = field(
+        default=True, metadata={"help": "with activations: a scale for each vector, not one for all"}
+    )
     reduce_range: bool = field(default=False, metadata={"help": "codes within -64..64, exact without VNNI"})
     symmetric: bool = field(default=True, metadata={"help": "zero is code 0; false: a zero point for each group"})
 
@@ -72,9 +74,7 @@ class Int8(NamedForm):
         return [cls(), cls(group=16), cls(group=4)]
 
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Quantized:
-        return outline_quantized(
-            shape, dtype, bits=8, group=self.group, symmetric=self.symmetric, **self._rounding()
-        )
+        return outline_quantized(shape, dtype, bits=8, group=self.group, symmetric=self.symmetric, **self._rounding())
 
     def solve(self, weight: Tensor, stats: Stats | None) -> Quantized:
         return fit_quantized(

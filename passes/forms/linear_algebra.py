@@ -86,7 +86,7 @@ def leading_subspace(weight: Tensor, gram: Tensor | None, *, rank: int | None = 
 
 def _root(gram: Tensor) -> Tensor:
     """A square root S of a Gram matrix, ``G = S Sᵀ``; kept while the matrix lives, since fits that take turns ask again."""
-    held: Tensor | None = _ROOTS.get(gram)
+    held: Tensor | None = _ROOTS.get(gram)  # type: ignore[no-untyped-call]
     if held is None:
         scales, directions = torch.linalg.eigh(gram.double())
         held = _ROOTS[gram] = directions * scales.clamp_min(0).sqrt()

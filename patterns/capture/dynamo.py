@@ -142,7 +142,9 @@ def _name(node: fx.Node, position: int) -> str:
 
 
 def _unique(root: nn.Module, name: str) -> str:
-    taken = {n for n, _ in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]}
+    taken = {
+        n for n, _ in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+    }
     while name in taken:
         name += "_"
     return name

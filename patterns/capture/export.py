@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from recast.patterns.capture.canonical import canonicalise
@@ -61,7 +61,9 @@ def capture(
         args = (args,)
     args, kwargs = tuple(args), dict(kwargs or {})
     if not isinstance(model, nn.Module):
-        raise CaptureError(f"capture: a torch.nn.Module is needed, {type(model).__name__} was given; wrap the function in a module")
+        raise CaptureError(
+            f"capture: a torch.nn.Module is needed, {type(model).__name__} was given; wrap the function in a module"
+        )
     with _without_cache(model, args, kwargs) as said:
         exported, notes = _export(model, args, kwargs, dynamic_shapes)
     return from_exported(exported, model, args, kwargs, said + notes)
@@ -78,7 +80,11 @@ def _without_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     for config in changed:
         config.use_cache = False
     try:
-        yield ["captured with use_cache=False: no key-value cache is given back (pass use_cache to decide)"] if changed else []
+        yield (
+            ["captured with use_cache=False: no key-value cache is given back (pass use_cache to decide)"]
+            if changed
+            else []
+        )
     finally:
         for config in changed:
             config.use_cache = True
@@ -127,7 +133,7 @@ def _first_that_works(
                     model, example_args, example_kwargs, dynamic_shapes=shapes, strict=False
                 ).run_decompositions({})
             return exported, [note] if note else []
-        except Exception as error:  # torch raises dozens of classes here; all mean the same to the caller
+        except Exception as error:  # noqa: BLE001  # torch raises dozens of classes here; all mean the same to the caller
             failure = failure or error
     raise CaptureError(_explain(model, failure)) from failure
 
@@ -140,7 +146,7 @@ def _automatic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             return None
         last = leaf.ndim - 1 if leaf.is_floating_point() and leaf.ndim > 1 else leaf.ndim
         dims = range(1) if leaf.is_floating_point() and leaf.ndim == 4 and leaf.shape[1] != 1 else range(last)
-        return {d: torch.export.Dim.AUTO for d in dims}
+        return dict.fromkeys(dims, torch.export.Dim.AUTO)
 
     tree = pytree.tree_map(free, (args, kwargs))
     names = _names(model, len(args))
@@ -168,7 +174,9 @@ def _double_single_batch(tree: Any) -> Any:
 def _explain(model: nn.Module, failure: Exception | None) -> str:
     text = str(failure)
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(failure).__name__)
-    where = next((line.strip() for line in text.splitlines() if "File " in line and "site-packages/torch" not in line), "")
+    where = next(
+        (line.strip() for line in text.splitlines() if "File " in line and "site-packages/torch" not in line), ""
+    )
     if not where and failure is not None:
         frames = inspect.getinnerframes(failure.__traceback__) if failure.__traceback__ else []
         own = [f for f in frames if "/torch/" not in f.filename and not f.filename.endswith("capture/export.py")]
@@ -190,7 +198,10 @@ def from_exported(
 ) -> Program:
     """Turn an `ExportedProgram` into a `Program`: weights become ``get_attr`` by original name, tied ones share one."""
     signature = exported.graph_signature
-    tensors: dict[str, Any] = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors: dict[str, Any] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
     root, graph = nn.Module(), fx.Graph()
     first_by_identity: dict[int, str] = {}
@@ -256,8 +267,10 @@ def from_exported(
 
 
 def _forward_names(model: nn.Module) -> tuple[str, ...]:
-    return () if _variadic(model) else tuple(
-        name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in _POSITIONAL
+    return (
+        ()
+        if _variadic(model)
+        else tuple(name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in _POSITIONAL)
     )
 
 
@@ -275,7 +288,6 @@ def _mutations(exported: torch.export.ExportedProgram, aliases: dict[str, str]) 
             found.append((position, "weight", aliases.get(str(spec.target), str(spec.target))))
         elif spec.kind == OutputKind.USER_INPUT_MUTATION:
             found.append((position, "input", str(spec.target)))
-        elif spec.kind != OutputKind.USER_OUTPUT or not isinstance(spec.arg, TensorArgument | ConstantArgument):
-            if spec.kind != OutputKind.USER_OUTPUT:
-                raise CaptureError(f"capture: an output of kind {spec.kind.name} ('{spec.target}') is not supported")
+        elif spec.kind != OutputKind.USER_OUTPUT:
+            raise CaptureError(f"capture: an output of kind {spec.kind.name} ('{spec.target}') is not supported")
     return tuple(found)

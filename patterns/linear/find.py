@@ -106,7 +106,12 @@ def matrix_of(use: Use, constants: Constants) -> Matrix:
         offset = held[0].storage_offset()
         where: tuple[Any, ...] = (storages[0]._cdata, offset + layout.storage_offset(), layout.stride())
     else:  # a cast, a sum: known by how it is computed
-        where = (*(s._cdata for s in storages), _expression(use.weight), repr(use.contraction.matrix_order()), use.index)
+        where = (
+            *(s._cdata for s in storages),
+            _expression(use.weight),
+            repr(use.contraction.matrix_order()),
+            use.index,
+        )
 
     def read() -> Tensor:
         return _as_matrix(constants.value(use.weight).detach(), use)
@@ -167,7 +172,12 @@ def _with_following_bias(use: Use, constants: Constants) -> Use:
     left, right = follower.args[0], follower.args[1]
     other = right if left is use.node else left
     outputs = use.contraction.outputs
-    if other not in constants or not isinstance(other, fx.Node) or len(outputs) != 1 or use.contraction.y[-1] != outputs:
+    if (
+        other not in constants
+        or not isinstance(other, fx.Node)
+        or len(outputs) != 1
+        or use.contraction.y[-1] != outputs
+    ):
         return use
     same_type = follower.meta["val"].dtype == use.node.meta["val"].dtype
     if other.meta["val"].shape != (use.node.meta["val"].shape[-1],) or not same_type:
@@ -193,7 +203,7 @@ def _weights(node: fx.Node) -> list[fx.Node]:
 def _expression(node: fx.Node) -> str:
     if node.op == "get_attr":
         return str(node.target)
-    arguments = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _expression(n))
+    arguments = fx.node.map_arg((node.args, dict(node.kwargs)), _expression)
     return f"{node.target}{arguments}"
 
 

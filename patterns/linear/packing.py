@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any
 
@@ -64,7 +65,9 @@ def packed_parts(use: Use, name: str) -> tuple[Part, ...]:
         total *= size
     if total > _LIMIT or not _taken_apart(use.node):
         return ()
-    index = torch.arange(rows, dtype=torch.int32).view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+    index = (
+        torch.arange(rows, dtype=torch.int32).view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+    )
     pieces = _follow(use.node, index.contiguous(), split=False)
     if pieces is None or len(pieces) < 2:
         return ()
@@ -117,7 +120,7 @@ def _run(node: fx.Node, value: Tensor) -> Any:
 def _ranges(rows: Tensor) -> tuple[tuple[int, int], ...]:
     numbers = rows.tolist()
     breaks = [0, *(i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1), len(numbers)]
-    return tuple((numbers[a], numbers[b - 1] + 1) for a, b in zip(breaks, breaks[1:], strict=False))
+    return tuple((numbers[a], numbers[b - 1] + 1) for a, b in itertools.pairwise(breaks))
 
 
 def _names(name: str, sizes: list[int]) -> list[str]:
