@@ -34,8 +34,8 @@ _ALIGNMENT = 64  # bytes; what torch aligns its own memory to, and matrix librar
 # Arithmetic on sizes. Modules are not opened as a whole: `operator` alone can fetch any attribute and call it.
 _ARITHMETIC = frozenset(
     {
-        "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "index", "invert", "le", "lshift", "lt", "mod", "mul",
-        "ne", "neg", "not_", "or_", "pos", "pow", "rshift", "sub", "truediv", "xor",
+        "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "index", "invert", "le", "lshift", "lt", "mod",
+        "mul", "ne", "neg", "not_", "or_", "pos", "pow", "rshift", "sub", "truediv", "xor",
     }
 )  # fmt: skip
 _MATHEMATICS = frozenset({"ceil", "floor", "isqrt", "log", "log2", "sqrt", "trunc"})
@@ -187,7 +187,8 @@ def _target(text: str) -> Callable[..., Any]:
         if isinstance(found, torch._ops.OpOverload):
             return found
         raise ArtifactError(
-            f"artifact: operation '{text}' is not known to torch {torch.__version__}; import the package that defines it"
+            f"artifact: operation '{text}' is not known to torch {torch.__version__}; import the package that "
+            "defines it"
         )
     if namespace in ("_operator", "operator") and rest in _ARITHMETIC:
         return getattr(operator, rest)  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
@@ -61,6 +62,12 @@ class Calibration:
     def tokens(self) -> int:
         """Vectors seen by the site that saw most."""
         return max((s.tokens for s in self.groups.values()), default=0)
+
+    @property
+    def hash(self) -> str:
+        """Digest of the statistics, whatever model they belong to; 16 hex digits."""
+        text = "".join(f"{name}{stats.hash}" for name, stats in sorted(self.groups.items()))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self, program: Program) -> None:
         """Raise CalibrationError unless these statistics were gathered on this very model."""
@@ -141,9 +148,13 @@ class Calibration:
                 meta = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"calibration: '{path}' cannot be read: {error}; gather it again with recast.calibrate") from error
+            raise CalibrationError(
+                f"calibration: '{path}' cannot be read: {error}; gather it again with recast.calibrate"
+            ) from error
         if meta.get("format") != _FORMAT:
-            raise CalibrationError(f"calibration: '{path}' is not a calibration file ({_FORMAT}); gather it with recast.calibrate")
+            raise CalibrationError(
+                f"calibration: '{path}' is not a calibration file ({_FORMAT}); gather it with recast.calibrate"
+            )
         counts: dict[str, int] = json.loads(meta["tokens"])
         groups = {
             name: Stats(
@@ -173,7 +184,7 @@ class _Running:
 
     def add(self, x: Tensor) -> None:
         vectors = x.detach().reshape(-1, x.shape[-1])
-        for chunk in vectors.split(8192):  # bounds the float64 copy
+        for chunk in vectors.split(8192):  # type: ignore[no-untyped-call]  # bounds the float64 copy
             wide = chunk.double().cpu()
             self.gram.addmm_(wide.T, wide)
             self.total += wide.sum(0)
@@ -243,7 +254,9 @@ def calibrate(
             _Collector(program, points, running).run(*leaves)
         count += 1
     if not count:
-        raise CalibrationError("calibration: no batch was given; a handful of real inputs would do (a list of tensors, tuples or dicts)")
+        raise CalibrationError(
+            "calibration: no batch was given; a handful of real inputs would do (a list of tensors, tuples or dicts)"
+        )
     groups = {}
     members = {}
     for key, point in points.items():
@@ -271,7 +284,9 @@ class _Point:
 def _points(sites: list[LinearSite]) -> dict[Any, _Point]:
     """Group sites that read exactly the same vectors, so that one Gram matrix serves them all."""
     uses_of = {
-        site.name: tuple((use.x, use.contraction.x, use.contraction.inputs, use.contraction.free, use.index) for use in site.uses)
+        site.name: tuple(
+            (use.x, use.contraction.x, use.contraction.inputs, use.contraction.free, use.index) for use in site.uses
+        )
         for site in sites
     }
     points: dict[Any, _Point] = {}
@@ -319,7 +334,9 @@ def _leaves(program: Program, batch: Any, number: int) -> list[Any]:
         raise CalibrationError(f"calibration: batch {number} does not fit the program: {error}") from error
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-            raise CalibrationError(f"calibration: batch {number} holds NaN or infinite values; leave it out or repair it")
+            raise CalibrationError(
+                f"calibration: batch {number} holds NaN or infinite values; leave it out or repair it"
+            )
         if isinstance(leaf, Tensor) and leaf.numel() == 0:
             raise CalibrationError(f"calibration: batch {number} is empty (shape {tuple(leaf.shape)}); leave it out")
     return leaves

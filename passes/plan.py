@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from recast.passes.calibrate import Calibration
 from recast.passes.forms.form import Form
 from recast.passes.forms.stats import Stats
 from recast.passes.progress import track
-from recast.passes.recipe import COMPUTE_DTYPES, Recipe
+from recast.passes.recipe import COMPUTE_DTYPES, Recipe, name_matches
 from recast.patterns.constants import Constants
 from recast.patterns.errors import CoverageError, FormError, PlanError, nearest
 from recast.patterns.find import coverage
@@ -134,9 +133,13 @@ class Plan:
         """Write the plan as YAML, under a temporary name first."""
         target = Path(path)
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", text=True)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(str(self))
-        Path(temporary).replace(target)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(str(self))
+            Path(temporary).replace(target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
     @staticmethod
     def parse(text: str, where: str = "plan") -> Plan:
@@ -151,8 +154,10 @@ class Plan:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise PlanError(f"plan: '{where}' is not valid YAML: {error}") from error
-        if not isinstance(data, Mapping) or "sites" not in data:
-            raise PlanError(f"plan: '{where}' is not a plan: a mapping with 'model' and 'sites' is needed, as str(plan) writes it")
+        if not isinstance(data, Mapping) or not isinstance(data.get("sites", 0) or {}, Mapping):
+            raise PlanError(
+                f"plan: '{where}' is not a plan: a mapping with 'model' and 'sites' is needed, as str(plan) writes it"
+            )
         known = {"version", "model", "statistics", "compute_dtype", "coverage", "recipe", "sites", "skipped"}
         for key in data:
             if key not in known:
@@ -161,15 +166,17 @@ class Plan:
             raise PlanError(f"plan: '{where}' is of version {data['version']}; this recast reads version {_VERSION}")
         dtype = data.get("compute_dtype")
         if dtype is not None and dtype not in COMPUTE_DTYPES:
-            raise PlanError(f"plan: compute_dtype '{dtype}' in '{where}' is unknown; {nearest(str(dtype), COMPUTE_DTYPES)}")
+            raise PlanError(
+                f"plan: compute_dtype '{dtype}' in '{where}' is unknown; {nearest(str(dtype), COMPUTE_DTYPES)}"
+            )
         return Plan(
             fingerprint=str(data.get("model") or ""),
             entries={str(name): _entry(str(name), row, where) for name, row in (data["sites"] or {}).items()},
-            skipped=[Skip(str(s["name"]), str(s["reason"])) for s in data.get("skipped") or []],
+            skipped=[_skip(row, where) for row in data.get("skipped") or []],
             compute_dtype=dtype,
             recipe=dict(data.get("recipe") or {}),
             statistics=data.get("statistics"),
-            coverage=float(data.get("coverage", 1.0)),
+            coverage=_number(data.get("coverage", 1.0), "coverage", where),
         )
 
     @staticmethod
@@ -189,12 +196,30 @@ def _entry(name: str, row: Any, where: str) -> Entry:
     fields = {f.name for f in dataclasses.fields(Entry)} - {"name", "form"}
     for key in row:
         if key != "form" and key not in fields:
-            raise PlanError(f"plan: unknown key '{key}' at site '{name}' in '{where}'; {nearest(str(key), fields | {'form'})}")
+            raise PlanError(
+                f"plan: unknown key '{key}' at site '{name}' in '{where}'; {nearest(str(key), fields | {'form'})}"
+            )
     try:
         form = Form.parse(str(row["form"]))
     except FormError as error:
         raise PlanError(f"plan: site '{name}' in '{where}': {error}") from error
-    return Entry(name, form, **{k: row[k] for k in row if k != "form"})
+    numbers = {k: _number(row[k], f"{k} of site '{name}'", where) for k in row if k != "form"}
+    values: dict[str, Any] = {k: v if "error" in k else int(v) for k, v in numbers.items()}
+    return Entry(name, form, **values)
+
+
+def _number(value: Any, what: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PlanError(f"plan: {what} in '{where}' must be a number, not {value!r}")
+    return value
+
+
+def _skip(row: Any, where: str) -> Skip:
+    if not isinstance(row, Mapping) or set(row) != {"name", "reason"}:
+        raise PlanError(
+            f"plan: 'skipped' in '{where}' must be a list of name and reason, not {row!r}; it may be left out"
+        )
+    return Skip(str(row["name"]), str(row["reason"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,9 +232,7 @@ class Target:
     stats: Stats | None
 
 
-def targets_of(
-    sites: list[LinearSite], constants: Constants, calibration: Calibration | None
-) -> dict[str, Target]:
+def targets_of(sites: list[LinearSite], constants: Constants, calibration: Calibration | None) -> dict[str, Target]:
     """Every name a plan may speak of: sites, and parts of packed ones as ``site.part``."""
     found: dict[str, Target] = {}
     for site in sites:
@@ -278,7 +301,7 @@ def plan(
     options: dict[str, list[Entry]] = {}
     for name, forms in track(list(wanted.items()), "fitting", progress):
         target = targets[name]
-        options[name] = [_measure(target, form, cache) for form in forms]
+        options[name] = _measured(target, forms, cache, len(asked.candidates) if asked.budget is not None else 0)
     chosen = _decide(options, targets, asked)
     for name, entry in chosen.items():
         if isinstance(entry, Skip):
@@ -291,7 +314,7 @@ def plan(
         skipped=skipped,
         compute_dtype=asked.compute_dtype,
         recipe=asked.to_dict(),
-        statistics=_statistics(calibration),
+        statistics=calibration.hash if calibration is not None else None,
         calibration=calibration,
         coverage=covered.fraction,
     )
@@ -307,39 +330,63 @@ def check_coverage(found: float, asked: float, covered: Any) -> None:
         )
 
 
-def _statistics(calibration: Calibration | None) -> str | None:
-    if calibration is None:
-        return None
-    text = "".join(f"{name}{stats.hash}" for name, stats in sorted(calibration.groups.items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _choose(recipe: Recipe, sites: list[LinearSite]) -> tuple[dict[str, list[Form]], list[Skip]]:
     """Forms to consider for each site or part, by the recipe's rules."""
     wanted: dict[str, list[Form]] = {}
     skipped: list[Skip] = []
     for site in sites:
-        whole, why = recipe.form_for(site.name)
-        parts = [f"{site.name}.{p.name}" for p in site.parts]
-        special = any(recipe.names(p) and not recipe.names(site.name) for p in parts)
-        names = parts if special else [site.name]
-        for name in names:
-            form, why = recipe.form_for(name) if recipe.names(name) or name == site.name else (whole, why)
-            if form is None:
+        for name, whole in _apart(recipe, site):
+            form, why = recipe.form_for(name, whole=whole)
+            extra = [f for f in recipe.candidates if f != form] if recipe.budget is not None else []
+            named = recipe.names(name) or (whole is not None and recipe.names(whole))
+            if form is None and not (why == "default" and extra):
                 skipped.append(Skip(name, f"left dense by the recipe ({why})" if why == "default" else why))
-            elif _is_dense(form):
+            elif form is not None and _is_dense(form):
                 skipped.append(Skip(name, f"dense by the recipe ({why})"))
-            elif site.tied and not (recipe.tied or recipe.names(name)):
-                reason = f"tied: {', '.join(site.tied)} reads the same weight and keeps it dense; name the site in a rule to rewrite it"
+            elif site.tied and not (recipe.tied or named):
+                others = ", ".join(site.tied)
+                reason = (
+                    f"tied: {others} reads the same weight and keeps it dense; name the site in a rule to rewrite it"
+                )
                 skipped.append(Skip(name, reason))
             else:
-                extra = [f for f in recipe.candidates if f != form] if recipe.budget is not None else []
-                wanted[name] = [form, *extra]
-    return wanted, skipped
+                wanted[name] = [form, *extra] if form is not None else extra
+    return wanted, [*skipped, *_idle(recipe, sites)]
+
+
+def _apart(recipe: Recipe, site: LinearSite) -> list[tuple[str, str | None]]:
+    """The site as a whole, or its parts where the recipe treats some of them in their own way."""
+    parts = [(f"{site.name}.{p.name}", site.name) for p in site.parts]
+    whole = recipe.form_for(site.name)[0]
+    own = [recipe.form_for(name, whole=of)[0] for name, of in parts]
+    return list(parts) if any(form != whole for form in own) else [(site.name, None)]
+
+
+def _idle(recipe: Recipe, sites: list[LinearSite]) -> list[Skip]:
+    """Lines of the recipe that no site answers to, most likely misspelled."""
+    names = [s.name for s in sites] + [f"{s.name}.{p.name}" for s in sites for p in s.parts]
+    lines = [("rule", r.match) for r in recipe.rules] + [("exclude", pattern) for pattern in recipe.exclude]
+    return [
+        Skip(f"{kind} '{pattern}'", f"matches no site; {nearest(pattern, names)[:200]}")
+        for kind, pattern in lines
+        if not any(name_matches(pattern, name) for name in names)
+    ]
 
 
 def _is_dense(form: Form) -> bool:
     return str(form) == "dense"
+
+
+def _measured(target: Target, forms: list[Form], cache: OperatorCache, spare: int) -> list[Entry]:
+    """Fit each form; of the last `spare`, mere candidates, those that do not fit this weight are left out."""
+    found = []
+    for form in forms:
+        try:
+            found.append(_measure(target, form, cache))
+        except FormError:
+            if form not in forms[max(0, len(forms) - spare) :]:
+                raise
+    return found
 
 
 def _measure(target: Target, form: Form, cache: OperatorCache) -> Entry:
@@ -359,7 +406,7 @@ def _measure(target: Target, form: Form, cache: OperatorCache) -> Entry:
 
 def _decide(options: dict[str, list[Entry]], targets: dict[str, Target], recipe: Recipe) -> dict[str, Entry | Skip]:
     if recipe.budget is not None:
-        return _under_budget(options, recipe.budget)
+        return _under_budget(options, targets, recipe.budget)
     chosen: dict[str, Entry | Skip] = {}
     for name, (entry, *_) in options.items():
         worse = entry.bytes_after >= entry.bytes_before and entry.flops_after >= entry.flops_before
@@ -374,10 +421,12 @@ def _decide(options: dict[str, list[Entry]], targets: dict[str, Target], recipe:
     return chosen
 
 
-def _under_budget(options: dict[str, list[Entry]], budget: float) -> dict[str, Entry | Skip]:
+def _under_budget(
+    options: dict[str, list[Entry]], targets: dict[str, Target], budget: float
+) -> dict[str, Entry | Skip]:
     names = list(options)
-    total = sum(options[n][0].bytes_before for n in names)
-    costs = [[options[n][0].bytes_before, *(e.bytes_after for e in options[n])] for n in names]
+    total = sum(targets[n].matrix.nbytes for n in names)
+    costs = [[targets[n].matrix.nbytes, *(e.bytes_after for e in options[n])] for n in names]
     errors = [[0.0, *(e.predicted_error**2 for e in options[n])] for n in names]
     picks = allocate(errors, costs, budget * total)
     if picks is None:

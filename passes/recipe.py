@@ -74,7 +74,7 @@ class Recipe:
     compute_dtype
         ``fp32``, ``bf16`` or ``fp16`` for weights and activations; None leaves them.
     budget
-        Share of the dense bytes of all sites that may be used; forms are then chosen among `candidates` site by site so that
+        Share of the dense bytes that the sites to be rewritten may use; forms are then chosen among `candidates` site by site so that
         the sum of squared output errors is least (a multiple-choice knapsack, solved exactly).
     candidates
         Forms to choose from under a budget, besides dense and each site's own.
@@ -118,18 +118,31 @@ class Recipe:
             return Recipe(default=value)
         if isinstance(value, Mapping):
             return _from_dict(value, "recipe")
+        if not isinstance(value, str | os.PathLike):
+            raise RecipeError(
+                f"recipe: a form's text, a path to a YAML file, a dict, a Form or a Recipe is needed, not {value!r}"
+            )
         text = os.fspath(value)
         if text.endswith((".yaml", ".yml")) or (os.sep in text and Path(text).is_file()):
             return _from_file(Path(text))
         return Recipe(default=Form.parse(text))
 
-    def form_for(self, name: str, kind: str = "linear") -> tuple[Form | None, str]:
-        """Form of a site, and which line of the recipe decided."""
+    def form_for(self, name: str, kind: str = "linear", *, whole: str | None = None) -> tuple[Form | None, str]:
+        """Form of a site, and which line of the recipe decided.
+
+        Parameters
+        ----------
+        name, kind
+            Of the site.
+        whole
+            Where `name` is a part of a packed weight, the name of that site: what speaks of it speaks of its parts.
+        """
+        known = (name,) if whole is None else (name, whole)
         for pattern in self.exclude:
-            if name_matches(pattern, name):
+            if any(name_matches(pattern, n) for n in known):
                 return None, f"excluded by '{pattern}'"
         for rule in self.rules:
-            if rule.matches(name, kind):
+            if any(rule.matches(n, kind) for n in known):
                 return rule.form, f"rule '{rule.match}'"
         return self.default, "default"
 
@@ -144,7 +157,11 @@ class Recipe:
             found["default"] = str(self.default)
         if self.rules:
             found["rules"] = [
-                {"match": r.match, "form": str(r.form) if r.form else "dense", **({"kind": r.kind} if r.kind != "*" else {})}
+                {
+                    "match": r.match,
+                    "form": str(r.form) if r.form else "dense",
+                    **({"kind": r.kind} if r.kind != "*" else {}),
+                }
                 for r in self.rules
             ]
         if self.exclude:
@@ -165,13 +182,19 @@ def _from_file(path: Path) -> Recipe:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"recipe: '{path}' cannot be read: {error.strerror}; give a form such as int8, or a YAML file") from error
+        raise RecipeError(
+            f"recipe: '{path}' cannot be read: {error.strerror}; give a form such as int8, or a YAML file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe: '{path}' is not text: {error}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe: '{path}' is not valid YAML: {error}") from error
     if isinstance(data, str):
         return Recipe(default=Form.parse(data))
     if not isinstance(data, Mapping):
-        raise RecipeError(f"recipe: '{path}' holds {type(data).__name__}, a mapping with 'default' or 'rules' is needed")
+        raise RecipeError(
+            f"recipe: '{path}' holds {type(data).__name__}, a mapping with 'default' or 'rules' is needed"
+        )
     return _from_dict(data, str(path))
 
 
@@ -184,7 +207,9 @@ def _from_dict(data: Mapping[str, Any], where: str) -> Recipe:
     values: dict[str, Any] = {}
     if given.get("default") is not None:
         values["default"] = _form(given["default"], f"{where}: default")
-    values["rules"] = tuple(_rule(r, f"{where}: rules[{i}]") for i, r in enumerate(_list(given.get("rules"), where, "rules")))
+    values["rules"] = tuple(
+        _rule(r, f"{where}: rules[{i}]") for i, r in enumerate(_list(given.get("rules"), where, "rules"))
+    )
     values["exclude"] = tuple(_pattern(p, f"{where}: exclude") for p in _list(given.get("exclude"), where, "exclude"))
     values["candidates"] = tuple(
         _form(f, f"{where}: candidates") for f in _list(given.get("candidates"), where, "candidates")
@@ -192,7 +217,9 @@ def _from_dict(data: Mapping[str, Any], where: str) -> Recipe:
     if given.get("compute_dtype") is not None:
         name = given["compute_dtype"]
         if name not in COMPUTE_DTYPES:
-            raise RecipeError(f"recipe: compute_dtype '{name}' in {where} is unknown; {nearest(str(name), COMPUTE_DTYPES)}")
+            raise RecipeError(
+                f"recipe: compute_dtype '{name}' in {where} is unknown; {nearest(str(name), COMPUTE_DTYPES)}"
+            )
         values["compute_dtype"] = name
     for name in ("budget", "min_coverage"):
         if given.get(name) is not None:

@@ -92,7 +92,8 @@ def rewrite(
             "call model.eval() before recast.capture"
         )
     context = Context(plan, calibration, cache or OperatorCache.default(), progress, pictures)
-    current, passes = program, {}
+    current = program
+    passes: dict[str, dict[str, Any]] = {}
     for step in pipeline.passes:
         following = step.run(current, context)
         passes[str(step)] = _checked(current, following, step, list(passes), context, verification)
@@ -125,7 +126,9 @@ def _checked(
 def _check(program: Program, plan: Plan, calibration: Calibration | None) -> None:
     found = program.fingerprint()
     if plan.fingerprint and plan.fingerprint != found:
-        raise PlanError(f"plan: it was made for model {plan.fingerprint}, this is {found} ({program.label}); plan again")
+        raise PlanError(
+            f"plan: it was made for model {plan.fingerprint}, this is {found} ({program.label}); plan again"
+        )
     sites, _ = find_linear(program)
     names = {s.name for s in sites} | {f"{s.name}.{p.name}" for s in sites for p in s.parts}
     for name in plan.entries:
@@ -134,9 +137,16 @@ def _check(program: Program, plan: Plan, calibration: Calibration | None) -> Non
     for site in sites:
         both = [f"{site.name}.{p.name}" for p in site.parts if f"{site.name}.{p.name}" in plan.entries]
         if site.name in plan.entries and both:
-            raise PlanError(f"plan: '{site.name}' is planned as a whole and in parts ({', '.join(both)}); keep one of the two")
+            raise PlanError(
+                f"plan: '{site.name}' is planned as a whole and in parts ({', '.join(both)}); keep one of the two"
+            )
     if calibration is not None:
         calibration.check(program)
+        if plan.statistics not in (None, calibration.hash):
+            raise PlanError(
+                f"plan: it was made with calibration {plan.statistics}, {calibration.hash} was given; pass that one, plan "
+                "again, or remove the line 'statistics'"
+            )
     elif plan.statistics is not None:
         raise PlanError(
             f"plan: it was made with calibration {plan.statistics}, which is not at hand; pass it: "
