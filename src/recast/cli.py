@@ -63,6 +63,8 @@ def run(arguments: list[str]) -> int:
     try:
         status = app(args=arguments, prog_name="recast", standalone_mode=False)
         sys.stdout.flush()
+        if status == INTERRUPTED:  # some versions of typer turn Ctrl-C into this
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else DONE
     except CoverageError as error:
         return _complain(error, MISSED)

@@ -83,7 +83,7 @@ def model_directory() -> Path:
 
 
 def sentences() -> tuple[list[str], list[str]]:
-    """Prose of the standard library's documentation: sentences to calibrate on, and others, of other pages, to judge on.
+    """Prose of the standard library's documentation: some to calibrate on, others to judge on.
 
     Examples
     --------
@@ -198,8 +198,8 @@ def run_demo(
         )
         title = (
             f"MiniLM-L6, {batch} sentences × {TOKENS} tokens, {torch.get_num_threads()} threads; fidelity of "
-            f"{sum(len(r) for r in reference)} sentence embeddings to PyTorch fp32. {bytes_text(tables)} of each size are "
-            "embedding tables, which no recipe here touches"
+            f"{sum(len(r) for r in reference)} sentence embeddings to PyTorch fp32. {bytes_text(tables)} of each size "
+            "are embedding tables, which no recipe here touches"
         )
         seconds = time.perf_counter() - start
         result = {"rows": rows, "title": title, "seconds": seconds, "out": str(out), "recipes": _texts(recipes)}

@@ -1,0 +1,172 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import recast
+from tests.cli.conftest import Done
+
+Cli = Callable[..., Done]
+needs_onnx = pytest.mark.skipif(find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_help_of_every_command_shows_an_example(cli: Cli) -> None:
+    done = cli("--help")
+    assert done.status == 0
+    for command in ("demo", "inspect", "optimize", "compare", "forms", "explain"):
+        assert command in done.out
+        shown = cli(command, "--help")
+        assert shown.status == 0
+        assert f"Example: recast {command}" in shown.out
+        assert "--json" in shown.out
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").out == f"recast {recast.__version__}\n"
+
+
+def test_inspect_prints_sites_and_misses(cli: Cli, here: Path) -> None:
+    done = cli("inspect", "little:make", "--graph")
+    assert done.status == 0
+    assert "up " in done.out
+    assert "64×32" in done.out
+    assert "little.py:" in done.out
+    assert "= linear(x, up.weight" in done.out
+
+
+def test_inspect_json_is_the_coverage(cli: Cli, here: Path) -> None:
+    data = cli("inspect", "little:make", "--json").json
+    assert data["parameters"] == {"total": 4096, "matched": 4096}
+    assert data["sites"]["linear"] == 2
+    assert [s["name"] for s in data["site_list"]] == ["up", "down"]
+    assert data["misses"]
+    assert all(m["reason"] for m in data["misses"])
+
+
+def test_explain_says_what_a_place_is(cli: Cli, here: Path) -> None:
+    assert "matches the pattern 'linear'" in cli("explain", "little:make", "up").out
+    assert cli("explain", "little:make", "up.weight", "--json").json["what"] == "site"
+    assert cli("explain", "little:make", "scale", "--json").json["what"] == "vector"
+    miss = cli("inspect", "little:make", "--json").json["misses"][0]
+    found = cli("explain", "little:make", miss["name"], "--json").json
+    assert found["what"] == "miss"
+    assert miss["reason"] in found["text"]
+    unknown = cli("explain", "little:make", "dwon")
+    assert unknown.status == 2
+    assert "did you mean 'down'" in unknown.err
+
+
+def test_forms_lists_parameters_and_kernels(cli: Cli) -> None:
+    forms = cli("forms", "--json").json["forms"]
+    by_name = {f["name"]: f for f in forms if f["name"]}
+    assert {"dense", "int8", "int4", "low_rank", "block_diagonal"} <= by_name.keys()
+    assert any(p["name"] == "ratio" for p in by_name["low_rank"]["parameters"])
+    assert all(row["targets"]["eager"] for row in forms)
+    assert "low_rank" in cli("forms").out
+
+
+def test_optimize_then_compare_a_function(cli: Cli, here: Path) -> None:
+    done = cli("optimize", "little:make", "-r", "int8", "-c", "x.safetensors", "-t", "eager", "-o", "small", "--json")
+    assert done.status == 0, done.err
+    assert done.json["sites"][0]["measured_error"] > 0
+    assert {p.name for p in (here / "small").iterdir()} >= {"recast.json", "report.html", "report.json", "plan.yaml"}
+    assert not leftovers(here)
+    again = cli("optimize", "little:make", "-r", "int4", "-t", "eager", "-o", "small")
+    assert again.status == 2
+    assert "--force" in again.err
+    assert cli("optimize", "little:make", "-r", "low_rank(ratio=0.5)", "-t", "eager", "-o", "small2", "--force").status == 0
+    compared = cli("compare", "little:make", "small", "small2", "--on", "x.safetensors", "--rounds", 1, "--json")
+    assert compared.status == 0, compared.err
+    rows = compared.json["rows"]
+    assert [r["name"] for r in rows] == ["little:make", "small", "small2"]
+    assert rows[0]["fidelity"]["worst_cosine"] == 1
+    assert rows[1]["fidelity"]["mean_cosine"] > rows[2]["fidelity"]["mean_cosine"]
+    assert all(r["milliseconds"] > 0 and r["bytes"] > 0 for r in rows)
+    shown = cli("compare", "small", "small", "--on", "x.safetensors", "--rounds", 1, "--report", "page.html")
+    assert "1.00000" in shown.out
+    assert (here / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_optimize_by_plan_statistics_and_budget(cli: Cli, here: Path) -> None:
+    first = cli(
+        "optimize", "little:keyword", "-r", "int8", "-c", "x.safetensors", "-t", "eager", "-o", "a", "--budget", "0.4x",
+        "--save-plan", "plan.yaml", "--save-statistics", "statistics.safetensors",
+    )  # fmt: skip
+    assert first.status == 0, first.err
+    edited = yaml.safe_load((here / "plan.yaml").read_text(encoding="utf-8"))
+    edited["sites"]["up"] = {"form": "int4"}
+    (here / "plan.yaml").write_text(yaml.safe_dump(edited), encoding="utf-8")
+    second = cli(
+        "optimize", "little:keyword", "--plan", "plan.yaml", "-c", "statistics.safetensors", "-t", "eager", "-o", "b", "--json"
+    )
+    assert second.status == 0, second.err
+    assert {s["name"]: s["form"] for s in second.json["sites"]} == {"up": "int4", "down": "int8"}
+    both = cli("optimize", "little:keyword", "--plan", "plan.yaml", "-r", "int8", "-o", "c", "-t", "eager")
+    assert both.status == 2
+    other = cli("optimize", "little:other", "-r", "int8", "-c", "statistics.safetensors", "-t", "eager", "-o", "c")
+    assert other.status == 2
+    assert "belong to model" in other.err
+
+
+def test_a_missed_threshold_exits_with_one(cli: Cli, here: Path) -> None:
+    text = (here / "little.py").read_text(encoding="utf-8")
+    text += (
+        "\n\nclass Partly(Net):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.conv = torch.nn.Conv1d(5, 5, 3, padding=1)\n"
+        "    def forward(self, x):\n        return super().forward(self.conv(x))\n\n\n"
+        "def partly():\n    return Partly().eval(), (torch.randn(2, 5, 32),)\n"
+    )
+    (here / "little.py").write_text(text, encoding="utf-8")
+    for command in (["inspect", "little:partly"], ["optimize", "little:partly", "-t", "eager", "-o", "out"]):
+        done = cli(*command, "--min-coverage", "0.999")
+        assert done.status == 1, done.err
+        assert "conv" in done.err
+        assert not (here / "out").exists()
+
+
+def test_huggingface_directory_from_text_to_artifact(cli: Cli, tiny: Path, here: Path) -> None:
+    (here / "text.txt").write_text("the tree is a graph .\n\na graph is walked .\nthe matrix\n", encoding="utf-8")
+    lines = [json.dumps({"text": t}) for t in ("the graph is a tree", "a matrix")]
+    (here / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    done = cli("optimize", tiny, "-r", "int8", "-c", "text.txt", "-t", "eager", "-o", "small", "--batch-size", 2, "--json")
+    assert done.status == 0, done.err
+    assert len(done.json["sites"]) == 13
+    artifact = recast.load(here / "small")
+    ids = torch.randint(0, 12, (3, 7))
+    assert artifact(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.shape == (3, 7, 32)
+    compared = cli("compare", tiny, "small", "--on", "text.jsonl", "--rounds", 1, "--json")
+    assert compared.status == 0, compared.err
+    assert compared.json["rows"][1]["fidelity"]["worst_cosine"] > 0.999
+
+
+@needs_onnx
+def test_onnx_from_optimize_to_inspect_and_compare(cli: Cli, here: Path) -> None:
+    done = cli("optimize", "little:keyword", "-r", "int8", "-t", "onnx", "-o", "small", "--json")
+    assert done.status == 0, done.err
+    data = cli("inspect", "small/model.onnx", "--json").json
+    assert data["sites"]["linear"] >= 2
+    compared = cli("compare", "little:keyword", "small", "small/model.onnx", "--on", "x.safetensors", "--rounds", 1, "--json")
+    assert compared.status == 0, compared.err
+    assert [r["target"] for r in compared.json["rows"]] == ["pytorch", "onnx", "onnxruntime"]
+    assert all(r["fidelity"]["mean_cosine"] > 0.999 for r in compared.json["rows"])
+    assert "cannot be rewritten" in cli("optimize", "small/model.onnx", "-t", "eager", "-o", "b").err
+
+
+def test_as_a_process_with_only_json_on_standard_output(here: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "recast", "inspect", "little:make", "--json"],
+        cwd=here, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sites"]["linear"] == 2
+    assert done.stderr == ""
