@@ -20,7 +20,7 @@ from recast.passes.meta import propagate
 from recast.passes.module import OperatorModule
 from recast.patterns.errors import ArtifactError
 from recast.patterns.linear.packing import size_hint
-from recast.patterns.program import Interface, Program, get_by_path, set_by_path
+from recast.patterns.program import Interface, Program, fixed_size, get_by_path, set_by_path
 
 __all__ = ["program_from", "program_to"]
 
@@ -128,9 +128,14 @@ def _describe(value: Any) -> Any:
         return None
     return {
         "dtype": str(value.dtype),
-        "shape": [s if isinstance(s, int) else str(s.node.expr) for s in value.shape],
+        "shape": [_size(s) for s in value.shape],
         "example": [size_hint(s) for s in value.shape],
     }
+
+
+def _size(size: Any) -> int | str:
+    fixed = fixed_size(size)
+    return str(size.node.expr) if fixed is None else fixed
 
 
 def _encode(value: Any) -> Any:

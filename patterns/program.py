@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from recast.patterns.errors import CaptureError
 from recast.patterns.printer import program_text
 
-__all__ = ["Interface", "Program", "get_by_path", "set_by_path", "tensor_digest"]
+__all__ = ["Interface", "Program", "fixed_size", "get_by_path", "set_by_path", "tensor_digest"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +190,8 @@ class Program:
                 raise TypeError(f"input '{node.name}' must be a tensor like {shape_text(expected)}, not {kind}")
             fits = expected.ndim == value.ndim and expected.dtype == value.dtype
             for wanted, given in zip(expected.shape, value.shape, strict=False):
-                if isinstance(wanted, int):
-                    fits = fits and wanted == given
+                if (fixed := fixed_size(wanted)) is not None:
+                    fits = fits and fixed == given
                     continue
                 known, where = sizes.setdefault(str(wanted), (given, node.name))
                 if known != given and isinstance(known, int) and isinstance(given, int):
@@ -257,6 +257,11 @@ class Program:
 
     def __repr__(self) -> str:
         return f"<Program {self.label}: {len(self.graph.nodes)} nodes, {len(self.weights)} weights, door {self.door}>"
+
+
+def fixed_size(size: Any) -> int | None:
+    """A size that tracing settled on, though it may have begun as a symbol; None if it is free."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def shape_text(tensor: Tensor) -> str:

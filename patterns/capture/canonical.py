@@ -49,9 +49,21 @@ def _identity(node: fx.Node) -> fx.Node | None:
         return source
     if node.target is aten.dropout.default and node.args[2] is False:
         return source
+    if node.target is aten.clone.default:
+        return source if _computed(source) and not node.kwargs.get("memory_format") else None
     if node.target is aten._to_copy.default or node.target is aten.to.dtype:
         return source if _same_type(node, source) else None
     return None
+
+
+def _computed(node: fx.Node) -> bool:
+    """Whether a value has memory of its own: a copy of it is never told from it."""
+    target = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and not target.is_view
+        and target._schema.returns[0].alias_info is None
+    )
 
 
 def _same_type(node: fx.Node, source: fx.Node) -> bool:

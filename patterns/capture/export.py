@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from recast.patterns.capture.canonical import canonicalise
 from recast.patterns.errors import CaptureError
-from recast.patterns.program import Interface, Program, set_by_path
+from recast.patterns.program import Interface, Program, fixed_size, set_by_path
 
 __all__ = ["capture", "from_exported"]
 
@@ -174,13 +174,12 @@ def _double_single_batch(tree: Any) -> Any:
 def _explain(model: nn.Module, failure: Exception | None) -> str:
     text = str(failure)
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(failure).__name__)
-    where = next(
-        (line.strip() for line in text.splitlines() if "File " in line and "site-packages/torch" not in line), ""
-    )
-    if not where and failure is not None:
-        frames = inspect.getinnerframes(failure.__traceback__) if failure.__traceback__ else []
-        own = [f for f in frames if "/torch/" not in f.filename and not f.filename.endswith("capture/export.py")]
-        where = f'File "{own[-1].filename}", line {own[-1].lineno}, in {own[-1].function}' if own else ""
+    frames = inspect.getinnerframes(failure.__traceback__) if failure is not None and failure.__traceback__ else []
+    own = [f for f in frames if not any(part in f.filename for part in ("/torch/", "capture/export.py", "<"))]
+    where = ""
+    if own:
+        code = (own[-1].code_context or [""])[0].strip()
+        where = f'File "{own[-1].filename}", line {own[-1].lineno}, in {own[-1].function}: {code}'
     return (
         f"capture: {type(model).__name__} cannot be traced as one graph: {first}"
         + (f" (at {where})" if where else "")
@@ -262,8 +261,20 @@ def from_exported(
         label=type(model).__name__,
         notes=list(notes or []),
     )
+    program.notes += _settled(program)
     canonicalise(program)
     return program
+
+
+def _settled(program: Program) -> list[str]:
+    """What was left free and the model then settled: the program holds for this size only."""
+    return [
+        f"input '{node.name}' keeps size {fixed_size(size)} in dimension {dimension}: the model works for no other"
+        for node in program.inputs()
+        if isinstance(value := node.meta.get("val"), Tensor)
+        for dimension, size in enumerate(value.shape)
+        if isinstance(size, torch.SymInt) and fixed_size(size) is not None
+    ]
 
 
 def _forward_names(model: nn.Module) -> tuple[str, ...]:
