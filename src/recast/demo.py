@@ -36,7 +36,6 @@ RECIPES: dict[str, Any] = {
     "dense": {},
     "int8": "int8",
     "int8, activations too": "int8(activations=true)",
-    "int4": "int4(group=32)",
     "low rank, then int8": "low_rank(ratio=0.5) | int8",
     "int4 + low rank": "int4(group=32) + low_rank(rank=16)",
     "mixed": {

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from recast.cli import run
 
-MODULE = '''
+MODULE = """
 import torch
 
 
@@ -72,7 +72,7 @@ def wrong():
 
 
 number = 3
-'''
+"""
 
 
 @dataclasses.dataclass

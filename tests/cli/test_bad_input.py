@@ -88,7 +88,7 @@ def data_files(folder: Path) -> dict[str, str]:
     bad[2, 1, 0] = float("inf")
     tensors: dict[str, dict[str, torch.Tensor]] = {
         "name": {"y": x},
-        "extra": {"x": x, "xx": x},
+        "extra": {"x": x, "xx": x.clone()},
         "rank": {"x": x[0]},
         "width": {"x": x[..., :31].contiguous()},
         "inf": {"x": bad},

@@ -84,7 +84,10 @@ def test_optimize_then_compare_a_function(cli: Cli, here: Path) -> None:
     again = cli("optimize", "little:make", "-r", "int4", "-t", "eager", "-o", "small")
     assert again.status == 2
     assert "--force" in again.err
-    assert cli("optimize", "little:make", "-r", "low_rank(ratio=0.5)", "-t", "eager", "-o", "small2", "--force").status == 0
+    assert (
+        cli("optimize", "little:make", "-r", "low_rank(ratio=0.5)", "-t", "eager", "-o", "small2", "--force").status
+        == 0
+    )
     compared = cli("compare", "little:make", "small", "small2", "--on", "x.safetensors", "--rounds", 1, "--json")
     assert compared.status == 0, compared.err
     rows = compared.json["rows"]
@@ -107,7 +110,17 @@ def test_optimize_by_plan_statistics_and_budget(cli: Cli, here: Path) -> None:
     edited["sites"]["up"] = {"form": "int4"}
     (here / "plan.yaml").write_text(yaml.safe_dump(edited), encoding="utf-8")
     second = cli(
-        "optimize", "little:keyword", "--plan", "plan.yaml", "-c", "statistics.safetensors", "-t", "eager", "-o", "b", "--json"
+        "optimize",
+        "little:keyword",
+        "--plan",
+        "plan.yaml",
+        "-c",
+        "statistics.safetensors",
+        "-t",
+        "eager",
+        "-o",
+        "b",
+        "--json",
     )
     assert second.status == 0, second.err
     assert {s["name"]: s["form"] for s in second.json["sites"]} == {"up": "int4", "down": "int8"}
@@ -138,7 +151,9 @@ def test_huggingface_directory_from_text_to_artifact(cli: Cli, tiny: Path, here:
     (here / "text.txt").write_text("the tree is a graph .\n\na graph is walked .\nthe matrix\n", encoding="utf-8")
     lines = [json.dumps({"text": t}) for t in ("the graph is a tree", "a matrix")]
     (here / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    done = cli("optimize", tiny, "-r", "int8", "-c", "text.txt", "-t", "eager", "-o", "small", "--batch-size", 2, "--json")
+    done = cli(
+        "optimize", tiny, "-r", "int8", "-c", "text.txt", "-t", "eager", "-o", "small", "--batch-size", 2, "--json"
+    )
     assert done.status == 0, done.err
     assert len(done.json["sites"]) == 13
     artifact = recast.load(here / "small")
@@ -155,7 +170,9 @@ def test_onnx_from_optimize_to_inspect_and_compare(cli: Cli, here: Path) -> None
     assert done.status == 0, done.err
     data = cli("inspect", "small/model.onnx", "--json").json
     assert data["sites"]["linear"] >= 2
-    compared = cli("compare", "little:keyword", "small", "small/model.onnx", "--on", "x.safetensors", "--rounds", 1, "--json")
+    compared = cli(
+        "compare", "little:keyword", "small", "small/model.onnx", "--on", "x.safetensors", "--rounds", 1, "--json"
+    )
     assert compared.status == 0, compared.err
     assert [r["target"] for r in compared.json["rows"]] == ["pytorch", "onnx", "onnxruntime"]
     assert all(r["fidelity"]["mean_cosine"] > 0.999 for r in compared.json["rows"])

@@ -56,7 +56,9 @@ def checked(text: str) -> Checker:
 @pytest.fixture(scope="module")
 def report() -> Report:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32), torch.nn.Linear(32, 2))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32), torch.nn.Linear(32, 2)
+    )
     program = recast.capture(model.eval(), (torch.randn(4, 32),))
     cache = OperatorCache(None)
     calibration = recast.calibrate(program, [torch.randn(16, 32)], progress=False)
@@ -106,7 +108,15 @@ def test_page_is_one_file_of_wellformed_html_with_everything_in_it(report: Repor
     shown = html.unescape("".join(found.shown))
     for row in report.rows:
         assert row.name in shown
-    for part in ("Model map", "Predicted and measured error", "Singular values", "Left dense", "Passes", "Coverage", "lossy"):
+    for part in (
+        "Model map",
+        "Predicted and measured error",
+        "Singular values",
+        "Left dense",
+        "Passes",
+        "Coverage",
+        "lossy",
+    ):
         assert part in shown
     assert found.tags.count("svg") == 1 + len(report.rows)
     assert "prefers-color-scheme: dark" in text
@@ -145,7 +155,8 @@ def test_comparison_is_with_the_first_or_the_first_of_the_target() -> None:
     from rich.console import Console
 
     rows = [
-        {"name": "dense", "target": t, "bytes": 100, "milliseconds": m, "fidelity": {}} for t, m in (("a", 4.0), ("b", 2.0))
+        {"name": "dense", "target": t, "bytes": 100, "milliseconds": m, "fidelity": {}}
+        for t, m in (("a", 4.0), ("b", 2.0))
     ]
     rows.append({"name": "small", "target": "b", "bytes": 50, "milliseconds": 1.0, "fidelity": {}})
     for per_target, faster in ((False, "4.00×"), (True, "2.00×")):
