@@ -155,6 +155,16 @@ class Calibration:
             raise CalibrationError(
                 f"calibration: '{path}' is not a calibration file ({_FORMAT}); gather it with recast.calibrate"
             )
+        try:
+            return Calibration._restore(meta, tensors)
+        except (KeyError, ValueError, TypeError) as error:
+            raise CalibrationError(
+                f"calibration: '{path}' cannot be read ({type(error).__name__}: {error}); "
+                "gather it again with recast.calibrate"
+            ) from error
+
+    @staticmethod
+    def _restore(meta: dict[str, str], tensors: dict[str, Tensor]) -> Calibration:
         counts: dict[str, int] = json.loads(meta["tokens"])
         groups = {
             name: Stats(
