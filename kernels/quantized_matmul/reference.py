@@ -282,5 +282,6 @@ def _spread(per_group: Tensor, features: int, group: int | None) -> Tensor:
     """Repeat (m, groups) so that it broadcasts against (m, features)."""
     if per_group.shape[1] == 1 or group is None:
         return per_group
-    m, groups = per_group.shape
-    return per_group.unsqueeze(-1).expand(m, groups, group).reshape(m, -1)[:, :features]
+    # Gathered rather than expanded and cut: Inductor (torch 2.13, CPU) compiles `expand(...).reshape(...)[:, :n]` to code
+    # that reads past the end where the last group is shorter.
+    return per_group.index_select(1, torch.arange(features, device=per_group.device) // group)

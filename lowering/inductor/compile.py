@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,14 @@ from recast.lowering.inline import inline_operators
 from recast.patterns.program import Program
 
 __all__ = ["compile_graph", "compile_program"]
+
+
+def _import_inductor() -> None:
+    """Import what Inductor imports on first use: under ``-W error`` torch's own deprecations would end the compilation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch._inductor.compile_fx
+        import torch.utils.mkldnn  # noqa: F401
 
 
 class _Flat(nn.Module):
@@ -28,6 +37,7 @@ class _Flat(nn.Module):
 
 def compile_program(program: Program, *, freezing: bool, options: dict[str, Any]) -> Callable[..., Any]:
     """Compile a program without operator nodes: for the first shapes as they are, from the second on for any that capture left free."""
+    _import_inductor()
     settings = {**options, **({"freezing": True} if freezing else {})}
     compiled: Callable[..., Any] = torch.compile(_Flat(program).eval(), fullgraph=True, dynamic=None, options=settings)
     return compiled
@@ -43,6 +53,7 @@ def compile_graph(
     callable, kernels
         Takes the graph's remaining inputs; and the kernel of each site.
     """
+    _import_inductor()
     from torch._inductor.compile_fx import compile_fx
 
     inlined, kernels = inline_operators(program, choose)

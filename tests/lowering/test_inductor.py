@@ -1,0 +1,80 @@
+"""The inductor target against the eager one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import recast
+from recast.kernels.quantized_matmul.ops import int8_matmul, largest_exact_code
+from recast.passes.report import fidelity
+from tests.helpers import assert_close
+
+
+@pytest.fixture(scope="module")
+def program() -> recast.Program:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(63, 60), nn.GELU(), nn.Linear(60, 77), nn.ReLU(), nn.Linear(77, 16)).eval()
+    return recast.capture(model, (torch.randn(4, 5, 63),))
+
+
+RECIPE = {
+    "rules": [
+        {"match": "0", "form": "int8(activations=true, reduce_range=true)"},
+        {"match": "2", "form": "low_rank(ratio=0.6) | int8"},
+        {"match": "4", "form": "int4(group=16) + low_rank(rank=2)"},
+    ],
+    "allow_larger": True,
+}
+
+
+def test_compiled_equals_eager_and_loads_bit_identical(program: recast.Program, tmp_path: Path) -> None:
+    rewritten = recast.rewrite(program, recast.plan(program, RECIPE))
+    eager = recast.lower(rewritten, "eager")
+    artifact = recast.lower(rewritten, "inductor")
+    assert [row.kernel for row in artifact.report.rows] == ["onednn int8", "aten", "aten"]
+    with torch.no_grad():
+        for tokens in (5, 1, 17):
+            x = torch.randn(3, tokens, 63)
+            # A rounding tie may fall either way: one step of one activation is 1/255 of its range.
+            assert fidelity(eager(x), artifact(x))["relative_error"] < 1e-3
+    artifact.save(tmp_path / "saved")
+    again = recast.load(tmp_path / "saved")
+    x = torch.randn(3, 5, 63)
+    torch._dynamo.reset()
+    assert torch.equal(recast.lower(rewritten, "inductor")(x), again(x))
+
+
+@pytest.mark.parametrize(("tokens", "n", "m"), [(1, 7, 3), (5, 63, 60), (33, 577, 64), (0, 8, 8)])
+def test_integer_product_is_exact_within_the_range_that_is_said_to_be(tokens: int, n: int, m: int) -> None:
+    top = min(127, largest_exact_code())
+    codes = torch.randint(-128, 128, (tokens, n), dtype=torch.int8)
+    weight = torch.randint(-top, top + 1, (m, n), dtype=torch.int8)
+    if tokens:
+        codes[0], weight[0] = 127, top  # the largest sum there is
+    found = int8_matmul(codes, weight, torch.ones(m))
+    assert torch.equal(found.double(), codes.double() @ weight.double().T)
+
+
+def test_packed_weights_follow_their_storage() -> None:
+    codes = torch.randint(-128, 128, (4, 16), dtype=torch.int8)
+    weight = torch.randint(-64, 65, (8, 16), dtype=torch.int8)
+    int8_matmul(codes, weight, torch.ones(8))
+    weight.neg_()
+    assert torch.equal(int8_matmul(codes, weight, torch.ones(8)).double(), codes.double() @ weight.double().T)
+    torch.library.opcheck(int8_matmul, (codes, weight, torch.ones(8)))
+
+
+def test_codes_that_would_saturate_are_not_given_to_the_integer_product(
+    program: recast.Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recast.lowering.inductor.kernels.largest_exact_code", lambda: 64)
+    rewritten = recast.rewrite(program, recast.plan(program, "int8(activations=true)"))
+    kernels = {row.kernel for row in recast.lower(rewritten, "inductor").report.rows}
+    assert kernels == {"aten, rounded in float: this CPU's int8 product would saturate"}
+    x = torch.randn(3, 4, 63)
+    with torch.no_grad():
+        assert_close(recast.lower(rewritten, "eager")(x), rewritten(x), terms=1)
