@@ -237,6 +237,8 @@ def measure(
                 start = time.perf_counter()
                 run(inputs)
                 row.samples.append((time.perf_counter() - start) * 1e3)
+    except KeyboardInterrupt:  # half an hour of figures is not thrown away; rows may differ by a round
+        log("interrupted: what was measured so far follows")
     finally:
         gc.enable()
     how = {"rounds": rounds, "warmup": warmup, "pause_seconds": pause, "load_at_start": load}
