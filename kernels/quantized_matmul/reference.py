@@ -180,10 +180,11 @@ def quantize_tokens(x: Tensor, *, per_token: bool = True) -> tuple[Tensor, Tenso
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     top, bottom = wide.amax(-1, keepdim=True).clamp_min(0), wide.amin(-1, keepdim=True).clamp_max(0)
     if not per_token:
-        # A zero is put to the vectors' own ranges, so that there is something to reduce even without vectors.
+        # A zero is put to the vectors' own ranges, so that there is something to reduce even without vectors
+        # (`pad` would do it too, and fix a symbolic number of vectors).
         one = [1] * wide.dim()
-        top = torch.nn.functional.pad(top.reshape(-1), (0, 1)).amax().reshape(one)
-        bottom = torch.nn.functional.pad(bottom.reshape(-1), (0, 1)).amin().reshape(one)
+        top = torch.cat((top.reshape(-1), top.new_zeros(1))).amax().reshape(one)
+        bottom = torch.cat((bottom.reshape(-1), bottom.new_zeros(1))).amin().reshape(one)
     scale = (top - bottom) / 255
     safe = torch.where(scale == 0, 1, scale)
     zero = torch.round(-128 - bottom / safe).clamp(-128, 127)
