@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -315,6 +314,8 @@ def _laid_out(tensor: Tensor, layout: dict[str, Any]) -> Tensor:
 def _placeholder(value: Any, mode: FakeTensorMode, symbols: dict[str, Any]) -> Any:
     if value is None:
         return None
+    from torch._dynamo.source import ConstantSource  # brings in all of dynamo, and triton where installed
+
     shape_env = mode.shape_env
     assert shape_env is not None
     sizes = []
