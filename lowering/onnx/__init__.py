@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from recast.lowering.base import Lowering, Runner
 from recast.lowering.inline import inline_operators
-from recast.lowering.onnx.export import export, input_names, output_kinds
+from recast.lowering.onnx.export import check, export, input_names, output_kinds
 from recast.lowering.onnx.fuse import fuse
 from recast.lowering.onnx.kernels import chooser
 from recast.lowering.onnx.session import load_session, needed, runner
@@ -63,6 +63,7 @@ class OnnxRuntime(Lowering):
     def prepare(self, program: Program) -> Runner:
         """Export, and make a session."""
         needed("onnxruntime")
+        check(program)
         inlined, self._kernels = inline_operators(program, chooser(self.accuracy_level))
         fuse(inlined)
         self.inputs, self.outputs = input_names(inlined), output_kinds(inlined)

@@ -18,7 +18,7 @@ from recast.patterns.errors import TargetError
 from recast.patterns.linear.packing import size_hint
 from recast.patterns.program import Program
 
-__all__ = ["export", "input_names", "output_kinds"]
+__all__ = ["check", "export", "input_names", "output_kinds"]
 
 _FREE = ("batch", "sequence")
 
@@ -98,7 +98,6 @@ def export(program: Program, sites: Mapping[str, str], opset: int) -> Any:
     """
     needed("onnx")
     needed("onnxscript")
-    _check(program)
     names, kinds = input_names(program), output_kinds(program)
     positions = [i for i, name in enumerate(names) if name is not None]
     nodes = [program.inputs()[i] for i in positions]
@@ -128,12 +127,13 @@ def export(program: Program, sites: Mapping[str, str], opset: int) -> Any:
     return model
 
 
-def _check(program: Program) -> None:
+def check(program: Program) -> None:
+    """Raise TargetError for what an ONNX graph, or ONNX Runtime on the CPU, cannot do."""
     if program.interface.mutations:
         _, kind, name = program.interface.mutations[0]
         raise TargetError(
-            f"target 'onnx': {program.label} changes its {kind} '{name}' as it runs, and an ONNX graph changes nothing; "
-            "return the new value from forward, or use target 'inductor'"
+            f"target 'onnx': {program.label} changes its {kind} '{name}' as it runs, and an ONNX graph changes "
+            "nothing; return the new value from forward, or use target 'inductor'"
         )
     for node in program.graph.nodes:
         value = node.meta.get("val")
