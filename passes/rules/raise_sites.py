@@ -36,8 +36,10 @@ class RaiseSites(Pass):
         result = program.copy()
         sites, _ = find_linear(result)
         planned = {
-            site.name for site in sites
-            if site.name in context.plan.entries or any(f"{site.name}.{p.name}" in context.plan.entries for p in site.parts)
+            site.name
+            for site in sites
+            if site.name in context.plan.entries
+            or any(f"{site.name}.{p.name}" in context.plan.entries for p in site.parts)
         }
         products: dict[fx.Node, list[tuple[str, Use]]] = {}
         for site in sites:
@@ -68,7 +70,10 @@ def _raise(graph: fx.Graph, uses: list[tuple[str, Use]], planned: set[str]) -> i
         for site, use in uses:
             x = first.x
             if contraction.batch:
-                order = [contraction.x.index(d) for d in contraction.batch + "".join(d for d in contraction.x if d not in contraction.batch)]
+                order = [
+                    contraction.x.index(d)
+                    for d in contraction.batch + "".join(d for d in contraction.x if d not in contraction.batch)
+                ]
                 x = graph.call_function(aten.permute.default, (x, order)) if order != sorted(order) else x
                 if len(contraction.batch) > 1:
                     x = graph.call_function(aten.flatten.using_ints, (x, 0, len(contraction.batch) - 1))

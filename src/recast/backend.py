@@ -153,7 +153,13 @@ def _rewrite(program: Program, asked: Options) -> Program:
         decided = _part_of(whole, program)
         decided.calibration = calibration
     return rewrite(
-        program, decided, cache=_cache(), verification=asked.verify, progress=False, pictures=False, measure=asked.verify
+        program,
+        decided,
+        cache=_cache(),
+        verification=asked.verify,
+        progress=False,
+        pictures=False,
+        measure=asked.verify,
     )
 
 
