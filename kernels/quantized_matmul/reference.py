@@ -275,7 +275,9 @@ def _offset(sums: Tensor, codes: Tensor, zero: Tensor | None) -> Tensor:
 
 
 def _groups_first(codes: Tensor, group: int, groups: int) -> Tensor:
-    padded = torch.nn.functional.pad(codes, (0, groups * group - codes.shape[1]))
+    extra = groups * group - codes.shape[1]
+    # (`pad` would fix a symbolic number of rows.)
+    padded = torch.cat((codes, codes.new_zeros(codes.shape[0], extra)), 1) if extra else codes
     return padded.reshape(-1, groups, group).transpose(0, 1)
 
 
