@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks.encoder_inputs import BATCH, TOKENS, cosines, encoder, texts
-from benchmarks.encoder_peers import Bench, peers
-from benchmarks.harness import Contestant, measure
+from benchmarks.encoder_peers import BEST_INT8_ORT, ONNX, Bench, peers
+from benchmarks.harness import Contestant, Ready, bytes_of, measure
 
 
 def recast_contestants(bench: Bench) -> dict[str, Contestant]:
@@ -27,7 +27,42 @@ def recast_contestants(bench: Bench) -> dict[str, Contestant]:
     A contestant's `prepare()` returns `Ready(run, bytes, note)`: `run((ids, mask))` gives the embeddings [32, 384],
     `bytes` are those of the files needed at run time. `group="recast"`; `against` names the peers a row is held to.
     """
-    return {}
+    return _on_onnx(bench)
+
+
+def _on_onnx(bench: Bench) -> dict[str, Contestant]:
+    rounded = "int8(activations=true, reduce_range=true)"
+    shared = "int8(activations=true, per_token=false, reduce_range=true)"
+    recipes: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "dense": (None, ("ORT fp32", "ORT fusions fp32")),
+        "int8": ("int8", ("ORT fp32", "ORT fusions fp32")),
+        "int8 activations per tensor": (shared, BEST_INT8_ORT),
+        # The sums behind the activation function have outliers: there each token has a scale of its own.
+        "int8 activations, per token after GELU": (
+            {"rules": [{"match": r"re:.*layer\.\d+\.output\.dense", "form": rounded}], "default": shared},
+            BEST_INT8_ORT,
+        ),
+        "int8 activations per token": (rounded, BEST_INT8_ORT),
+        "int4 group 32": ("int4(group=32)", ("ORT fp32", "ORT fusions fp32")),
+    }
+
+    def contestant(name: str, recipe: Any, against: tuple[str, ...]) -> Contestant:
+        def prepare() -> Ready:
+            import recast
+
+            program = recast.capture(bench.model, bench.texts.timed)
+            if recipe is not None:
+                program = recast.rewrite(program, recast.plan(program, recipe), pictures=False, measure=False)
+            artifact = recast.lower(program, target="onnx", threads=bench.threads)
+            folder = bench.folder / f"recast-{len(list(bench.folder.glob('recast-*')))}"
+            artifact.save(folder)
+            kernels = sorted({row.kernel for row in artifact.report.rows if row.kernel})
+            return Ready(lambda inputs: artifact(*inputs), bytes_of(folder / "model.onnx"), ", ".join(kernels))
+
+        return Contestant(f"recast onnx, {name}", prepare, "onnx", "recast", (*ONNX, "onnxscript"), against)
+
+    made = [contestant(name, recipe, against) for name, (recipe, against) in recipes.items()]
+    return {one.name: one for one in made}
 
 
 def main(arguments: list[str] | None = None) -> int:
