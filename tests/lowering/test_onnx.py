@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import assert_close
 from torch import Tensor, nn
 
 import recast
@@ -14,6 +13,7 @@ from recast.passes.cache import OperatorCache
 from recast.passes.forms import Form, Operator, Quantized, forms
 from recast.patterns.errors import TargetError
 from recast.patterns.program import Program
+from tests.helpers import assert_close
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
