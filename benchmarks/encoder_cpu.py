@@ -27,7 +27,36 @@ def recast_contestants(bench: Bench) -> dict[str, Contestant]:
     A contestant's `prepare()` returns `Ready(run, bytes, note)`: `run((ids, mask))` gives the embeddings [32, 384],
     `bytes` are those of the files needed at run time. `group="recast"`; `against` names the peers a row is held to.
     """
-    return _on_onnx(bench)
+    return {**_on_inductor(bench), **_on_onnx(bench)}
+
+
+def _on_inductor(bench: Bench) -> dict[str, Contestant]:
+    recipes: dict[str, Any] = {
+        "dense": None,
+        "int8 activations per token": "int8(activations=true, reduce_range=true)",
+        "low rank 0.5": "low_rank(ratio=0.5)",
+    }
+
+    def contestant(name: str, recipe: Any) -> Contestant:
+        def prepare() -> Ready:
+            import recast
+
+            program = recast.capture(bench.model, bench.texts.timed)
+            if recipe is not None:
+                statistics = recast.calibrate(program, bench.texts.calibration)
+                decided = recast.plan(program, recipe, statistics)
+                program = recast.rewrite(program, decided, pictures=False, measure=False)
+            artifact = recast.lower(program, target="inductor")
+            folder = bench.folder / f"recast-{len(list(bench.folder.glob('recast-*')))}"
+            artifact.save(folder)
+            kernels = sorted({row.kernel for row in artifact.report.rows if row.kernel})
+            return Ready(lambda inputs: artifact(*inputs), bytes_of(folder / "weights.safetensors"), ", ".join(kernels))
+
+        against = ("torch.compile bf16", "torch.compile fp32")
+        return Contestant(f"recast inductor, {name}", prepare, "inductor", "recast", (), against)
+
+    made = [contestant(name, recipe) for name, recipe in recipes.items()]
+    return {one.name: one for one in made}
 
 
 def _on_onnx(bench: Bench) -> dict[str, Contestant]:

@@ -58,7 +58,6 @@ class Evaluator:
         self.program = program
         self.mode = fake_mode_of(program)
         self._weights: dict[str, Any] = {}
-        self._modules: dict[str, Any] = {}
 
     def value(self, node: fx.Node, known: dict[fx.Node, Any] | None = None) -> Any:
         """What a node computes from its operands' ``meta["val"]``, or from `known` values of them."""
@@ -70,7 +69,7 @@ class Evaluator:
         with self.mode, guards, torch.no_grad():
             if node.op == "call_module":
                 module = self.program.module.get_submodule(str(node.target))
-                return module.fake(self.mode, self._modules)(*args, **kwargs)  # type: ignore[operator]
+                return module.outline(*args, **kwargs)  # type: ignore[operator]
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]

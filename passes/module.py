@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from recast.passes.forms.operator import Operator
 
@@ -52,20 +49,13 @@ class OperatorModule(nn.Module):
             y = y.index_select(-1, self.order)
         return y if bias is None else y + bias
 
-    def fake(self, mode: Any, memo: dict[str, Any]) -> Any:
-        """A callable of the same structure over fake tensors, for shape propagation."""
-        with _disable_current_modes():
-            fakes = {n: mode.from_tensor(getattr(self, m), static_shapes=True) for n, m in self.names.items()}
-            order = None if self.order is None else mode.from_tensor(self.order, static_shapes=True)
-        operator = self.structure.with_tensors(fakes)
+    def outline(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A value of the result's shape and dtype, for shape propagation: operators keep both of a linear.
 
-        def run(x: Tensor, bias: Tensor | None = None) -> Tensor:
-            y = operator.apply(x)
-            if order is not None:
-                y = torch.index_select(y, -1, order)
-            return y if bias is None else y + bias
-
-        return run
+        Running the operator on fake tensors would say the same, at many times the cost; verification runs the real one.
+        """
+        dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
+        return x.new_empty((*x.shape[:-1], self.structure.shape[0]), dtype=dtype)
 
     def __repr__(self) -> str:
         return f"linear<{self.form}>[{self.site}]"
