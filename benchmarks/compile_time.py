@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         row["microseconds a node"] = 1e6 * row["recast"] / row["nodes"]
         shown = [row.get(name) for name in names]
         table.add_row(*["-" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in shown])
-    Console().print(table)
+    Console(width=150).print(table)
     print("recast = capture + match + plan and rewrite, without verification and without fitting weights")
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)

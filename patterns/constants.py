@@ -48,7 +48,9 @@ class Constants:
 
     def _made_of_constants(self, node: fx.Node) -> bool:
         operands = node.all_input_nodes
-        return node.op == "call_function" and bool(operands) and _pure(node) and all(n in self.sources for n in operands)
+        return (
+            node.op == "call_function" and bool(operands) and _pure(node) and all(n in self.sources for n in operands)
+        )
 
     def __contains__(self, node: object) -> bool:
         return node in self.sources
