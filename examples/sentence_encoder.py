@@ -24,7 +24,7 @@ def main() -> None:
     model, tokenizer = AutoModel.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
 
     text = " ".join(
-        " ".join(pydoc_data.topics.topics[name].split()) for name in ("classes", "exceptions", "for", "with")
+        " ".join(pydoc_data.topics.topics[name].split()) for name in ("class", "exceptions", "for", "with")
     )
     sentences = [s.strip() for s in text.split(". ") if len(s) > 40][:48]
     batches = [dict(tokenizer(sentences[i : i + 16], padding=True, return_tensors="pt")) for i in (0, 16, 32)]
