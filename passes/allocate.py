@@ -28,7 +28,7 @@ def allocate(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]]
 
     Notes
     -----
-    LQ-LoRA (section 3.2) solves the same program with Gurobi; `scipy.optimize.milp` (HiGHS) serves as well.
+    LQ-LoRA solves the same program with Gurobi; `scipy.optimize.milp` (HiGHS) serves as well.
 
     Examples
     --------
