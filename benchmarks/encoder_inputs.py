@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from recast.encoder import Encoder
 
 BATCH, TOKENS = 32, 128
 
@@ -23,21 +25,6 @@ class Texts:
     timed: tuple[Tensor, Tensor]  # every position a real token
     padded: tuple[Tensor, Tensor]  # one sentence a row, as they come, padded to 128
     calibration: tuple[tuple[Tensor, Tensor], ...]  # of other pages than the two above
-
-
-class Encoder(nn.Module):
-    """A transformer, mean pooling over the real tokens, unit length: what sentence-transformers computes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[batch, tokens] ids and mask -> [batch, features] unit vectors."""
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * weight).sum(1) / weight.sum(1)
-        return nn.functional.normalize(mean.float(), dim=-1)
 
 
 def directory() -> Path:

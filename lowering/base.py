@@ -40,6 +40,10 @@ class Lowering(abc.ABC):
         if "name" in cls.__dict__:
             Lowering.known[cls.name] = cls
 
+    @classmethod  # noqa: B027  # most targets need nothing
+    def installed(cls) -> None:
+        """Do nothing if what the target needs is installed; raise TargetError, saying what to install, if not."""
+
     @abc.abstractmethod
     def prepare(self, program: Program) -> Runner:
         """Make a program run on this target.

@@ -37,7 +37,7 @@ class Inductor(Lowering):
     def prepare(self, program: Program) -> Runner:
         """Compile on first call for each set of shapes that needs its own code; sizes that were dynamic stay so."""
         inlined, self._kernels = inline_operators(program, choose)
-        compiled = compile_program(inlined, freezing=self.freezing, options=self.options)
+        compiled = compile_program(inlined, self._kernels, freezing=self.freezing, options=self.options)
 
         def run(leaves: list[Any]) -> list[Any]:
             with torch.no_grad():

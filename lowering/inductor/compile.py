@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from recast.lowering.inductor.kernels import choose
+from recast.lowering.inductor.kernels import INTEGER, choose
 from recast.lowering.inline import inline_operators
 from recast.patterns.program import Program
 
@@ -35,16 +35,28 @@ class _Flat(nn.Module):
         return self.graph_module(*leaves)
 
 
-def compile_program(program: Program, *, freezing: bool, options: dict[str, Any]) -> Callable[..., Any]:
+def _settings(kernels: Mapping[str, str], freezing: bool, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's options for a program; those that were given win."""
+    settings: dict[str, Any] = {"freezing": True} if freezing else {}
+    if any(INTEGER in kernel for kernel in kernels.values()):
+        # What is rounded is read twice, for its range and for its codes. By default Inductor computes it twice: for
+        # MiniLM's GELU that took twice the time of keeping it.
+        settings["realize_opcount_threshold"] = 6
+    return {**settings, **options}
+
+
+def compile_program(
+    program: Program, kernels: Mapping[str, str], *, freezing: bool, options: Mapping[str, Any]
+) -> Callable[..., Any]:
     """Compile a program without operator nodes: for the first shapes as they are, from the second on for any that capture left free."""
     _import_inductor()
-    settings = {**options, **({"freezing": True} if freezing else {})}
+    settings = _settings(kernels, freezing, options)
     compiled: Callable[..., Any] = torch.compile(_Flat(program).eval(), fullgraph=True, dynamic=None, options=settings)
     return compiled
 
 
 def compile_graph(
-    program: Program, inputs: Sequence[Any], *, freezing: bool, options: dict[str, Any]
+    program: Program, inputs: Sequence[Any], *, freezing: bool, options: Mapping[str, Any]
 ) -> tuple[Callable[..., Any], dict[str, str]]:
     """Compile a rewritten dynamo graph; its weights are lifted to inputs, so that Inductor's caches stay valid.
 
@@ -57,6 +69,6 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx
 
     inlined, kernels = inline_operators(program, choose)
-    settings = {**options, **({"freezing": True} if freezing else {})}
+    settings = _settings(kernels, freezing, options)
     compiled: Any = compile_fx(inlined.module, list(inputs), config_patches=settings or None)
     return compiled, kernels

@@ -11,7 +11,7 @@ from recast.lowering.base import Lowering, Runner
 from recast.lowering.inline import inline_operators
 from recast.lowering.onnx.export import check, export, input_names, output_kinds
 from recast.lowering.onnx.fuse import fuse
-from recast.lowering.onnx.kernels import chooser
+from recast.lowering.onnx.kernels import kernels
 from recast.lowering.onnx.session import load_session, needed, runner
 from recast.passes.module import OperatorModule
 from recast.patterns.errors import ArtifactError, TargetError
@@ -60,11 +60,17 @@ class OnnxRuntime(Lowering):
         self._model: Any = None  # onnx_ir.Model over the program's own tensors
         self._folder: Path | None = None  # where a loaded one came from
 
+    @classmethod
+    def installed(cls) -> None:
+        """Raise TargetError if onnx, onnxscript or onnxruntime is missing."""
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            needed(package)
+
     def prepare(self, program: Program) -> Runner:
         """Export, and make a session."""
-        needed("onnxruntime")
+        self.installed()
         check(program)
-        inlined, self._kernels = inline_operators(program, chooser(self.accuracy_level))
+        inlined, self._kernels = inline_operators(program, kernels(self.accuracy_level))
         fuse(inlined)
         self.inputs, self.outputs = input_names(inlined), output_kinds(inlined)
         self._model = export(inlined, _sites(program), self.opset)

@@ -321,7 +321,7 @@ def demo(
     ),
     targets: Annotated[str, typer.Option("--targets", help="Targets to run, separated by commas.")] = "inductor,onnx",
     batch: Annotated[int, typer.Option("--batch-size", min=2, help="Sentences of the timed batch.")] = 32,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed turns; the median is shown.")] = 7,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed turns; the median is shown.")] = 5,
     force: Annotated[bool, typer.Option("--force", help="Replace a directory that is not a former demo.")] = False,
     as_json: JsonOption = False,
 ) -> None:

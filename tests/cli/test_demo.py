@@ -3,9 +3,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import recast
 from recast import demo
+from recast.beside import Beside
+from recast.encoder import sentences
+from recast.lowering.base import lowering_named
+from recast.patterns.errors import TargetError
 from tests.cli.conftest import Done
 
 Cli = Callable[..., Done]
@@ -46,22 +51,51 @@ def test_demo_leaves_other_folders_alone_and_goes_on_without_a_target(
     (small / "mine" / "file").write_text("precious", encoding="utf-8")
     assert cli("demo", "--out", "mine").status == 2
     assert cli("demo", "--targets", "eager,nothing").status == 2
-    lower = demo.lower
 
-    def lower_or_not(program: recast.Program, target: str) -> recast.Artifact:
-        if target == "onnx":
-            raise recast.patterns.errors.TargetError("target 'onnx': not installed; pip install 'recast[onnx]'")
-        return lower(program, target)
+    def missing() -> None:
+        raise recast.patterns.errors.TargetError("target 'onnx': not installed; pip install 'recast[onnx]'")
 
-    monkeypatch.setattr(demo, "lower", lower_or_not)
+    monkeypatch.setattr(lowering_named("onnx"), "installed", missing)
     monkeypatch.setattr(demo, "RECIPES", {"dense": {}})
     done = cli("demo", "--targets", "eager,onnx", "--rounds", 1, "--batch-size", 2)
     assert done.status == 0, done.err
     assert "pip install 'recast[onnx]'" in done.out
 
 
+def test_artifacts_made_in_a_second_process_are_those_of_this_one(
+    cli: Cli, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = cli("demo", "--targets", "onnx,eager", "--rounds", 1, "--batch-size", 2, "--json")
+    assert done.status == 0, done.err
+    rows = {(r["name"], r["target"]): r for r in done.json["rows"]}
+    assert [target for _, target in rows] == ["onnx"] * 3 + ["eager"] * 3
+    for name in ("dense", "int8", "mixed"):
+        exported, eager = rows[name, "onnx"], rows[name, "eager"]
+        assert exported["fidelity"]["worst_cosine"] == pytest.approx(eager["fidelity"]["worst_cosine"], abs=1e-5)
+        assert exported["coverage"] == eager["coverage"]
+        assert exported["bytes"] > 0
+    kinds = {site.kernel for site in recast.load(small / "recast-demo" / "artifacts" / "int8" / "onnx").report.rows}
+    assert kinds
+    assert "onnx: " in (small / "recast-demo" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_second_process_that_ends_early_is_told_of(tmp_path: Path) -> None:
+    program = recast.capture(torch.nn.Linear(8, 4).eval(), (torch.randn(3, 8),))
+    with Beside() as beside:
+        beside.lower(program, "onnx", tmp_path / "made")
+        assert beside.process is not None
+        beside.process.kill()
+        with pytest.raises(TargetError, match="ended early"):
+            beside.wait(tmp_path / "made")
+    with Beside() as beside:
+        beside.lower(program, "nothing", tmp_path / "made")
+        with pytest.raises(TargetError, match="there is no target 'nothing'"):
+            beside.wait(tmp_path / "made")
+    assert not list(tmp_path.iterdir())
+
+
 def test_sentences_are_prose_and_disjoint() -> None:
-    calibration, evaluation = demo.sentences()
+    calibration, evaluation = sentences()
     assert len(calibration) > 200
     assert len(evaluation) > 200
     assert not set(calibration) & set(evaluation)
