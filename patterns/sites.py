@@ -10,7 +10,21 @@ from torch import fx
 
 from recast.patterns.contraction import Contraction
 
-__all__ = ["LinearSite", "Mismatch", "Part", "Site", "Use", "source_line"]
+__all__ = [
+    "AttentionSite",
+    "EmbeddingSite",
+    "LinearSite",
+    "MLPSite",
+    "Mismatch",
+    "MoESite",
+    "NormSite",
+    "Part",
+    "Piece",
+    "RotarySite",
+    "Site",
+    "Use",
+    "source_line",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +200,253 @@ class LinearSite(Site):
             "flops": self.flops,
             "where": self.where,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A linear site, or one named part of a packed one, in a role such as ``q`` or ``down``.
+
+    Parameters
+    ----------
+    site
+        The linear site.
+    part
+        Name of its part; empty for all of it.
+    """
+
+    site: LinearSite
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name that a recipe or a plan knows it by."""
+        return f"{self.site.name}.{self.part}" if self.part else self.site.name
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Original names of the parameters."""
+        return self.site.weights
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+        rows = next((p.size for p in self.site.parts if p.name == self.part), self.site.out_features)
+        return rows, self.site.in_features
+
+
+@dataclasses.dataclass(frozen=True)
+class _Structure(Site):
+    """A site made of several operations of the graph.
+
+    Parameters
+    ----------
+    node
+        The value it gives.
+    nodes
+        Everything that computes it, in graph order, `node` last.
+    pattern
+        Name of the rule that found it.
+    where
+        File and line of the model's own source, where known.
+    """
+
+    node: fx.Node | None = None
+    nodes: tuple[fx.Node, ...] = ()
+    pattern: str = ""
+    where: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; pieces by name, graph values left out."""
+        found = super().to_dict()
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in found or field.name in ("node", "nodes") or isinstance(value, fx.Node):
+                continue
+            found[field.name] = _plain(value)
+        return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Piece):
+        return value.name
+    if isinstance(value, Site):
+        return value.name
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value if not isinstance(v, fx.Node)]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSite(_Structure):
+    """A normalisation over the last dimensions, ``y = (x - mean) / sqrt(var + eps) * (offset + weight) + bias`` or without the mean.
+
+    Parameters
+    ----------
+    flavour
+        ``layer``, ``rms``, ``l2``, ``group`` or ``batch``.
+    x
+        What is normalised, before casts.
+    weight, bias
+        Constants of the graph, or None.
+    offset
+        Added to the weight: 1 for models that store ``weight - 1``.
+    eps
+        As the model gives it.
+    features
+        Elements normalised together.
+    weight_first
+        Whether the weight is applied in the wider dtype, before the cast back.
+    """
+
+    kind: ClassVar[str] = "norm"
+    flavour: str = "layer"
+    x: fx.Node | None = None
+    weight: fx.Node | None = None
+    bias: fx.Node | None = None
+    offset: float = 0.0
+    eps: float = 0.0
+    features: int = 0
+    weight_first: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RotarySite(_Structure):
+    """A rotary position embedding of one tensor of queries or keys, ``y = x cos + rotate(x) sin``.
+
+    Parameters
+    ----------
+    x, cos, sin
+        Operands.
+    layout
+        ``half`` (the halves of a head are paired) or ``interleaved`` (neighbours are).
+    rotated
+        Features of a head that are rotated, the first ones; the others pass.
+    """
+
+    kind: ClassVar[str] = "rotary"
+    x: fx.Node | None = None
+    cos: fx.Node | None = None
+    sin: fx.Node | None = None
+    layout: str = "half"
+    rotated: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSite(_Structure):
+    """Attention: ``o(normalise(scale q k + mask) v)`` with the linears around it.
+
+    Parameters
+    ----------
+    q, k, v, o
+        The linears that make queries, keys and values, and that take the result; None where there is none, the reason in `notes`.
+    query, key, value
+        What enters the core: (batch, heads, tokens, features).
+    heads, kv_heads, head_dim, value_dim
+        Sizes.
+    scale
+        What the scores are multiplied by.
+    mask
+        ``none``, ``causal``, ``additive``, ``boolean``, ``sliding`` or ``bias``.
+    mask_node
+        The mask in the graph, if it is a value.
+    normaliser
+        ``softmax``, ``sigmoid`` or ``relu``.
+    softcap
+        The scores are bounded as ``softcap tanh(scores / softcap)``; 0 if not.
+    sinks
+        Logits that take part in the normalisation and in nothing else.
+    rotary, norms
+        Names of the rotary and norm sites between the linears and the core.
+    cross
+        Whether keys come from another sequence than queries.
+    cache
+        Whether keys and values are joined with, or written into, a cache.
+    notes
+        What was not found, in words.
+    """
+
+    kind: ClassVar[str] = "attention"
+    q: Piece | None = None
+    k: Piece | None = None
+    v: Piece | None = None
+    o: Piece | None = None
+    query: fx.Node | None = None
+    key: fx.Node | None = None
+    value: fx.Node | None = None
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    value_dim: int = 0
+    scale: float = 1.0
+    mask: str = "none"
+    mask_node: fx.Node | None = None
+    normaliser: str = "softmax"
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
+    rotary: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    cross: bool = False
+    cache: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class MoESite(_Structure):
+    """A mixture of experts.
+
+    Parameters
+    ----------
+    router
+        The linear that scores experts.
+    experts
+        For each expert its linears by role: ``gate``, ``up``, ``down`` (``gate_up`` where they are one and taken apart).
+    shared
+        Those of experts that every token visits.
+    top_k
+        Experts a token visits; all of them for dense mixtures.
+    scoring
+        ``softmax``, ``sigmoid`` or ``none``.
+    renormalised
+        Whether the chosen weights are made to sum to one.
+    dispatch
+        How tokens reach experts: ``bmm``, ``grouped_mm``, ``loop``, ``einsum``, ``one_hot``.
+    x
+        What is routed.
+    """
+
+    kind: ClassVar[str] = "moe"
+    router: Piece | None = None
+    experts: tuple[dict[str, Piece], ...] = ()
+    shared: tuple[dict[str, Piece], ...] = ()
+    top_k: int = 0
+    scoring: str = "softmax"
+    renormalised: bool = False
+    dispatch: str = "loop"
+    x: fx.Node | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPSite(_Structure):
+    """A feed-forward block: ``down(act(gate x) * up x)`` or ``down(act(up x))``; its matrices share a hidden width."""
+
+    kind: ClassVar[str] = "mlp"
+    gate: Piece | None = None
+    up: Piece | None = None
+    down: Piece | None = None
+    activation: str = ""
+    x: fx.Node | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSite(_Structure):
+    """A table that rows are looked up in; `head` is the linear that shares it."""
+
+    kind: ClassVar[str] = "embedding"
+    rows: int = 0
+    features: int = 0
+    head: Piece | None = None
 
 
 def source_line(node: fx.Node) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, fx
 
 from recast.patterns.sites import Part, Use
 
-__all__ = ["packed_parts", "size_hint"]
+__all__ = ["packed_parts", "rows_read", "size_hint"]
 
 aten = torch.ops.aten
 
@@ -77,6 +79,40 @@ def packed_parts(use: Use, name: str) -> tuple[Part, ...]:
     sets.sort(key=lambda s: int(s[0]))
     names = _names(name, [len(s) for s in sets])
     return tuple(Part(n, _ranges(s)) for n, s in zip(names, sets, strict=True))
+
+
+def rows_read(use: Use, path: Sequence[fx.Node]) -> set[int] | None:
+    """Rows of a packed weight that reach the end of a path of views and splits.
+
+    Parameters
+    ----------
+    use
+        The packed product.
+    path
+        Values after it, each reading the one before.
+
+    Returns
+    -------
+    set of int
+        Row numbers as far as the path only views and takes apart; None if the rows cannot be followed.
+    """
+    shape = [size_hint(s) for s in use.node.meta["val"].shape]
+    outputs = use.contraction.outputs
+    if len(outputs) != 1 or use.index is not None or math.prod(shape) > _LIMIT:
+        return None
+    axis = use.contraction.y.index(outputs)
+    index = torch.arange(shape[axis], dtype=torch.int32)
+    value: Any = index.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape).contiguous()
+    for node in path:
+        if node.target is operator.getitem:
+            value = value[int(node.args[1])]  # type: ignore[arg-type]
+        elif node.target in _VIEWS | _SPLITS | _TAKES:
+            value = _run(node, value)
+        else:
+            break
+    if not isinstance(value, Tensor):
+        return None
+    return set(torch.unique(value).tolist())
 
 
 def _taken_apart(node: fx.Node) -> bool:

@@ -1,0 +1,432 @@
+"""The pattern language: small values that say what a piece of a graph looks like, matched from its last operation upwards.
+
+A pattern is matched against an operand (a graph value or a literal) and gives every way it fits, as a `State`: names bound so
+far and the nodes taken in. Alternatives, optional and repeated steps are patterns themselves and stand at any place. What
+failed deepest is kept in a `Trail`, so that a miss can say how far it came.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from recast.patterns.constants import Constants
+from recast.patterns.program import Program
+
+__all__ = [
+    "CASTS",
+    "COPIES",
+    "VIEWS",
+    "Any_",
+    "Call",
+    "Either",
+    "Literal",
+    "Match",
+    "Pattern",
+    "Repeat",
+    "Same",
+    "Scope",
+    "State",
+    "Through",
+    "Trail",
+    "Weight",
+    "match_at",
+    "maybe",
+]
+
+aten = torch.ops.aten
+
+VIEWS: frozenset[Any] = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.default,
+        aten.squeeze.dims,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.expand.default,
+        aten.movedim.int,
+    }
+)
+CASTS: frozenset[Any] = frozenset(
+    {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default}
+)
+COPIES: frozenset[Any] = frozenset(
+    {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
+)
+
+
+class Scope:
+    """A program being looked at: its constants, and operands by position with defaults filled in."""
+
+    def __init__(self, program: Program, constants: Constants | None = None) -> None:
+        self.program = program
+        self.constants = constants or Constants(program)
+        self._arguments: dict[fx.Node, tuple[Any, ...]] = {}
+
+    def arguments(self, node: fx.Node) -> tuple[Any, ...]:
+        """Operands of a call in the order of its schema, defaults included."""
+        found = self._arguments.get(node)
+        if found is None:
+            schema = getattr(node.target, "_schema", None)
+            if schema is None:
+                found = (*node.args, *node.kwargs.values())
+            else:
+                given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+                found = tuple(
+                    given[a.name] if a.name in given else a.default_value if a.has_default_value() else None
+                    for a in schema.arguments
+                )
+            self._arguments[node] = found
+        return found
+
+    def named(self, node: fx.Node) -> dict[str, Any]:
+        """The same by name."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            return {str(i): value for i, value in enumerate(self.arguments(node))}
+        return dict(zip((a.name for a in schema.arguments), self.arguments(node), strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What is known after a part of a pattern matched: bound names, and nodes taken in, the last first."""
+
+    bound: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    nodes: tuple[fx.Node, ...] = ()
+
+    def bind(self, name: str | None, value: Any) -> State | None:
+        """With a name bound; None if it is bound to something else already."""
+        if name is None:
+            return self
+        if name in self.bound:
+            known = self.bound[name]
+            return self if known is value or (not isinstance(value, fx.Node) and known == value) else None
+        return State({**self.bound, name: value}, self.nodes)
+
+    def take(self, node: fx.Node) -> State:
+        """With a node taken in."""
+        return State(self.bound, (*self.nodes, node))
+
+
+class Trail:
+    """The deepest failure of an attempt: how many nodes were taken in, at which value, and why it ended."""
+
+    def __init__(self) -> None:
+        self.depth, self.node, self.reason = -1, None, ""
+        self.seen: tuple[fx.Node, ...] = ()
+
+    node: fx.Node | None
+
+    def fail(self, state: State, value: Any, reason: str) -> None:
+        """Note a failure, if it is the deepest so far."""
+        if len(state.nodes) > self.depth:
+            self.depth, self.reason, self.seen = len(state.nodes), reason, state.nodes
+            self.node = value if isinstance(value, fx.Node) else (state.nodes[-1] if state.nodes else None)
+
+
+class Pattern(abc.ABC):
+    """What an operand looks like."""
+
+    @abc.abstractmethod
+    def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
+        """Every way in which a value fits, given what is bound already."""
+
+    def targets(self) -> Collection[Any] | None:
+        """Operations with which a fitting value may end; None if it may be anything."""
+        return None
+
+
+Test = Callable[[Any, Scope], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Any_(Pattern):  # `Any` is typing's
+    """Any operand, bound to a name; `where` may look at it. Nothing is taken in."""
+
+    name: str | None = None
+    where: Test | None = None
+
+    def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
+        """Bind it."""
+        if self.where is not None and not self.where(value, scope):
+            trail.fail(state, value, f"{_called(value)} is not what '{self.name}' has to be")
+            return
+        bound = state.bind(self.name, value)
+        if bound is None:
+            trail.fail(state, value, f"{_called(value)} is not the same as '{self.name}' elsewhere")
+            return
+        yield bound
+
+
+def Same(name: str) -> Pattern:  # reads as a pattern
+    """The value bound to that name elsewhere."""
+    return Any_(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Literal(Pattern):
+    """A number, flag or list written into the graph: equal to `value`, or passing `where`; bound to a name.
+
+    A constant tensor of one element counts as its number: models write scales both ways.
+    """
+
+    name: str | None = None
+    value: Any = None
+    where: Callable[[Any], bool] | None = None
+
+    def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
+        """Compare and bind it."""
+        number = literal(value, scope)
+        if number is None and value is not None:
+            trail.fail(state, value, f"{_called(value)} is computed, a literal is needed")
+            return
+        if self.value is not None and not _close(number, self.value):
+            trail.fail(state, value, f"{number} where {self.value} is needed")
+            return
+        if self.where is not None and not self.where(number):
+            trail.fail(state, value, f"{number} is not what '{self.name}' has to be")
+            return
+        bound = state.bind(self.name, number)
+        if bound is not None:
+            yield bound
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight(Pattern):
+    """A constant: a weight or a function of weights alone."""
+
+    name: str | None = None
+    where: Test | None = None
+
+    def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
+        """Bind it."""
+        if value not in scope.constants:
+            trail.fail(state, value, f"{_called(value)} is computed, a weight is needed")
+            return
+        yield from Any_(self.name, self.where).match(value, state, scope, trail)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call(Pattern):
+    """A call of one of some operations.
+
+    Parameters
+    ----------
+    ops
+        The operations, overloads included.
+    operands
+        Patterns of the first operands, in the order of the schema; more operands than patterns may be there.
+    commutes
+        The first two operands may come in either order.
+    name
+        Name to bind the node to.
+    named
+        Patterns of further operands, by name.
+    where
+        Looks at the node.
+    """
+
+    ops: frozenset[Any]
+    operands: tuple[Pattern, ...] = ()
+    commutes: bool = False
+    name: str | None = None
+    named: tuple[tuple[str, Pattern], ...] = ()
+    where: Test | None = None
+
+    @staticmethod
+    def of(
+        ops: Any,
+        *operands: Pattern,
+        commutes: bool = False,
+        name: str | None = None,
+        where: Test | None = None,
+        **named: Pattern,
+    ) -> Call:
+        """Shorter: one operation or several, operands as arguments."""
+        found = frozenset(ops) if isinstance(ops, list | tuple | set | frozenset) else frozenset({ops})
+        return Call(found, operands, commutes, name, tuple(named.items()), where)
+
+    def targets(self) -> Collection[Any] | None:
+        """Its operations."""
+        return self.ops
+
+    def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
+        """Take the node in, then match its operands."""
+        if not isinstance(value, fx.Node) or value.op != "call_function" or value.target not in self.ops:
+            trail.fail(state, value, f"{_called(value)} is not {_names(self.ops)}")
+            return
+        if self.where is not None and not self.where(value, scope):
+            trail.fail(state, value, f"{_called(value)} has not the form that is needed")
+            return
+        bound = state.take(value).bind(self.name, value)
+        if bound is None:
+            trail.fail(state, value, f"{_called(value)} is not the same as '{self.name}' elsewhere")
+            return
+        given = scope.arguments(value)
+        if len(given) < len(self.operands):
+            trail.fail(bound, value, f"{_called(value)} has fewer operands than are needed")
+            return
+        orders = [given]
+        if self.commutes and len(given) > 1 and given[0] is not given[1]:
+            orders.append((given[1], given[0], *given[2:]))
+        by_name = scope.named(value) if self.named else {}
+        for order in orders:
+            pairs = [*zip(self.operands, order, strict=False), *((p, by_name.get(n)) for n, p in self.named)]
+            yield from _all(pairs, bound, scope, trail)
+
+
+def _all(pairs: list[tuple[Pattern, Any]], state: State, scope: Scope, trail: Trail) -> Iterator[State]:
+    if not pairs:
+        yield state
+        return
+    (pattern, value), rest = pairs[0], pairs[1:]
+    for found in pattern.match(value, state, scope, trail):
+        yield from _all(rest, found, scope, trail)
+
+
+@dataclasses.dataclass(frozen=True)
+class Either(Pattern):
+    """One of several patterns, tried in order."""
+
+    options: tuple[Pattern, ...]
+
+    @staticmethod
+    def of(*options: Pattern) -> Either:
+        """Shorter."""
+        return Either(options)
+
+    def targets(self) -> Collection[Any] | None:
+        """Those of all options."""
+        found = [option.targets() for option in self.options]
+        return None if any(f is None for f in found) else frozenset(itertools.chain(*(f for f in found if f)))
+
+    def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
+        """Every way of every option."""
+        for option in self.options:
+            yield from option.match(value, state, scope, trail)
+
+
+@dataclasses.dataclass(frozen=True)
+class Through(Pattern):
+    """A pattern seen through views, casts and copies: any number of them may stand before it; they are taken in."""
+
+    inner: Pattern
+    ops: frozenset[Any] = VIEWS | CASTS | COPIES
+
+    def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
+        """Match here, or one step further up."""
+        while True:
+            yield from self.inner.match(value, state, scope, trail)
+            if not isinstance(value, fx.Node) or value.op != "call_function" or value.target not in self.ops:
+                return
+            state = state.take(value)
+            value = value.args[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat(Pattern):
+    """Any number of steps, each wrapping the next, before `inner`: ``step(step(... inner))``.
+
+    `step` makes the pattern of one step from the pattern of what it wraps.
+    """
+
+    step: Callable[[Pattern], Pattern]
+    inner: Pattern
+    limit: int = 12
+
+    def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
+        """Stop here, or take one step."""
+        yield from self.inner.match(value, state, scope, trail)
+        if self.limit:
+            yield from self.step(Repeat(self.step, self.inner, self.limit - 1)).match(value, state, scope, trail)
+
+
+def maybe(step: Callable[[Pattern], Pattern], inner: Pattern) -> Pattern:
+    """``step(inner)`` or ``inner``."""
+    return Either((step(inner), inner))
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A place that fits: the last node, the names bound, and every node taken in, in graph order."""
+
+    root: fx.Node
+    bound: Mapping[str, Any]
+    nodes: tuple[fx.Node, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bound[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """What is bound to a name, or a default."""
+        return self.bound.get(name, default)
+
+    @property
+    def used_outside(self) -> list[fx.Node]:
+        """Nodes taken in, other than the last, whose values something outside reads too: they stay if the match is replaced."""
+        inside = set(self.nodes)
+        return [n for n in self.nodes if n is not self.root and any(u not in inside for u in n.users)]
+
+
+def match_at(pattern: Pattern, root: fx.Node, scope: Scope, trail: Trail | None = None) -> Match | Trail:
+    """Match a pattern at a value.
+
+    Returns
+    -------
+    Match or Trail
+        The first way it fits, or how far it came.
+    """
+    trail = trail or Trail()
+    for state in pattern.match(root, State(), scope, trail):
+        nodes = tuple(dict.fromkeys(reversed(state.nodes)))
+        return Match(root, state.bound, nodes)
+    return trail
+
+
+def literal(value: Any, scope: Scope) -> Any:
+    """The number (or list) that an operand is; None if it is computed. A weight of one element is its number."""
+    if not isinstance(value, fx.Node):
+        return (
+            list(value) if isinstance(value, list | tuple) and not any(isinstance(v, fx.Node) for v in value) else value
+        )
+    held = value.meta.get("val")
+    if value in scope.constants and isinstance(held, Tensor) and held.numel() == 1:
+        found = scope.constants.value(value)
+        return found.item() if isinstance(found, Tensor) and found.device.type != "meta" else None
+    if value.op == "call_function" and value.target in _FILLED:
+        return literal(value.args[_FILLED[value.target]], scope)
+    return None
+
+
+_FILLED = {aten.scalar_tensor.default: 0, aten.full.default: 1, aten.full_like.default: 1}
+
+
+def _close(found: Any, wanted: Any) -> bool:
+    if isinstance(found, int | float) and isinstance(wanted, int | float):
+        return abs(found - wanted) <= 1e-6 * max(1.0, abs(wanted))
+    return bool(found == wanted)
+
+
+def _called(value: Any) -> str:
+    if not isinstance(value, fx.Node):
+        return repr(value)
+    kind = getattr(value.target, "_opname", value.target) if value.op == "call_function" else value.op
+    return f"'{value.name}' ({kind})"
+
+
+def _names(ops: Collection[Any]) -> str:
+    names = sorted({str(getattr(op, "_opname", getattr(op, "__name__", op))) for op in ops})
+    return " or ".join(names[:4]) + (" ..." if len(names) > 4 else "")

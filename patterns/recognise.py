@@ -1,0 +1,112 @@
+"""Recognise: every rule tried at every value it may end with, overlaps resolved, and what nearly matched told of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import fx
+
+from recast.patterns.constants import Constants
+from recast.patterns.language import Match, Scope, Trail, match_at
+from recast.patterns.linear.find import find_linear
+from recast.patterns.program import Program
+from recast.patterns.rules import Rule, Surroundings, miss, rules
+from recast.patterns.sites import Mismatch, Site
+
+__all__ = ["Recognition", "recognise"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recognition:
+    """Sites of all kinds, linear ones first, and every near miss."""
+
+    sites: tuple[Site, ...]
+    misses: tuple[Mismatch, ...]
+
+
+def recognise(
+    program: Program, constants: Constants | None = None, *, only: Sequence[Rule] | None = None
+) -> Recognition:
+    """Find linear sites, then what they are part of.
+
+    A value belongs to at most one match of a kind. Rules of a kind are tried in their order, each at every value from the last
+    to the first, and the first match that a value is part of keeps it: so the longer spelling is written before the shorter.
+
+    Parameters
+    ----------
+    program
+        Where to look.
+    constants
+        Of the program, if they are known.
+    only
+        Rules to try; by default all there are.
+    """
+    constants = constants or Constants(program)
+    scope = Scope(program, constants)
+    linear, misses = find_linear(program, constants)
+    around = Surroundings(scope, linear)
+    by_target: dict[object, list[fx.Node]] = {}
+    nodes = [node for node in program.graph.nodes if node.op == "call_function" and node not in constants]
+    for node in nodes:
+        by_target.setdefault(node.target, []).append(node)
+    position = {node: i for i, node in enumerate(nodes)}
+    tried = rules() if only is None else sorted(only, key=lambda rule: rule.order)
+    for kind in dict.fromkeys(rule.kind for rule in tried):
+        misses += _kind([rule for rule in tried if rule.kind == kind], around, by_target, position)
+    return Recognition((*linear, *around.sites), tuple(misses))
+
+
+def _kind(
+    tried: Sequence[Rule],
+    around: Surroundings,
+    by_target: dict[object, list[fx.Node]],
+    position: dict[fx.Node, int],
+) -> list[Mismatch]:
+    owner: dict[fx.Node, Match] = {}
+    failed: dict[fx.Node, tuple[int, Rule, str, fx.Node]] = {}  # by anchor: how deep, which rule, why, where
+    found: list[tuple[int, Site]] = []
+    for rule in tried:
+        targets = rule.pattern.targets()
+        roots = position if targets is None else [n for t in targets for n in by_target.get(t, ())]
+        for root in sorted(roots, key=position.__getitem__, reverse=True):
+            if root in owner:
+                continue
+            trail = Trail()
+            match = match_at(rule.pattern, root, around.scope, trail)
+            if isinstance(match, Match):
+                taken = [n for n in match.nodes if n in owner]
+                site = rule.build(match, around) if not taken else f"'{taken[0].name}' is part of another match"
+                if not isinstance(site, str):
+                    owner.update(dict.fromkeys(match.nodes, match))
+                    found.append((position[root], site))
+                    continue
+                _note(failed, match.nodes, rule, (len(match.nodes), rule, site, root))
+            elif trail.node is not None:
+                _note(failed, trail.seen, rule, (trail.depth, rule, trail.reason, trail.node))
+    around.sites += [site for _, site in sorted(found, key=lambda item: item[0])]
+    misses = []
+    for node in position:
+        anchored = [rule for rule in tried if node.target in rule.anchors]
+        if not anchored or node in owner or not any(rule.suspicious(node, around) for rule in anchored):
+            continue
+        if node in failed:
+            _, rule, reason, reached = failed[node]
+            misses.append(miss(rule.kind, node, f"nearest pattern '{rule.name}': {reason}", reached=reached))
+        else:
+            names = " or ".join(rule.name for rule in anchored)
+            misses.append(
+                miss(anchored[0].kind, node, f"no pattern ({names}) leads here: its result is used otherwise")
+            )
+    return misses
+
+
+def _note(
+    failed: dict[fx.Node, tuple[int, Rule, str, fx.Node]],
+    nodes: Sequence[fx.Node],
+    rule: Rule,
+    failure: tuple[int, Rule, str, fx.Node],
+) -> None:
+    for node in nodes:
+        if node.target in rule.anchors and (node not in failed or failed[node][0] < failure[0]):
+            failed[node] = failure

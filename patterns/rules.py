@@ -1,0 +1,118 @@
+"""Rules: a named pattern, what a match of it means, and where a near miss is worth telling of. Rules are found, not listed.
+
+A folder under ``patterns/`` whose ``__init__`` names ``RULES`` takes part; so does whatever another package offers under the
+entry point group ``recast_patterns`` (a rule, or several). Nothing here has to be changed to add one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import fx
+
+from recast.patterns.errors import RecastError
+from recast.patterns.language import Match, Pattern, Scope
+from recast.patterns.sites import LinearSite, Mismatch, Site, Use, source_line
+
+__all__ = ["Rule", "Surroundings", "rules"]
+
+GROUP = "recast_patterns"
+
+
+class Surroundings:
+    """What `build` may look at besides the match: the program, its linear sites, and the sites of rules that came before.
+
+    Attributes
+    ----------
+    scope
+        The program, with its constants.
+    linear
+        Linear sites by name.
+    sites
+        Sites recognised so far, other than linear ones.
+    """
+
+    def __init__(self, scope: Scope, linear: Iterable[LinearSite]) -> None:
+        self.scope = scope
+        self.linear = {site.name: site for site in linear}
+        self.sites: list[Site] = []
+        self._products: dict[fx.Node, list[tuple[LinearSite, Use]]] = {}
+        for site in self.linear.values():
+            for use in site.uses:
+                for node in {use.node, use.product}:
+                    self._products.setdefault(node, []).append((site, use))
+
+    def products(self, node: fx.Node) -> list[tuple[LinearSite, Use]]:
+        """Linear sites of which a value is the product (several for a batched weight); empty if it is none."""
+        return self._products.get(node, [])
+
+
+Build = Callable[[Match, Surroundings], "Site | str"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One thing to recognise.
+
+    Parameters
+    ----------
+    name
+        Of the pattern; shown in near misses.
+    kind
+        Of the sites it gives: ``norm``, ``rotary``, ``attention``, ``moe``, ``mlp`` or one of your own.
+    pattern
+        Matched at every value that its last operation may be.
+    build
+        Makes the site of a match, or says in a sentence why it is none.
+    anchors
+        Operations that suggest that the thing is there: one that no match of this kind took in becomes a near miss.
+    suspicious
+        Whether an anchor outside a match is worth telling of.
+    order
+        Kinds are recognised in this order; within a kind the rule with the larger order is tried later.
+    """
+
+    name: str
+    kind: str
+    pattern: Pattern
+    build: Build
+    anchors: frozenset[Any] = frozenset()
+    suspicious: Callable[[fx.Node, Surroundings], bool] = lambda node, around: True
+    order: int = 0
+
+
+def miss(kind: str, node: fx.Node, reason: str, *, reached: fx.Node | None = None, name: str = "") -> Mismatch:
+    """Say that a place is no site of a kind, and why; `reached` is the value where matching ended."""
+    ended = reached if reached is not None else node
+    return Mismatch(name or node.name, kind, 0, reason, ended.name, source_line(ended) or source_line(node))
+
+
+@functools.cache
+def rules() -> tuple[Rule, ...]:
+    """Every rule there is, in the order of trying.
+
+    Raises
+    ------
+    RecastError
+        Something offered under the entry point group is no rule.
+    """
+    found: list[Rule] = []
+    package = importlib.import_module("recast.patterns")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.ispkg:
+            found += getattr(importlib.import_module(f"recast.patterns.{module.name}"), "RULES", ())
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        offered = entry.load()
+        for rule in [offered] if isinstance(offered, Rule) else offered:
+            if not isinstance(rule, Rule):
+                raise RecastError(
+                    f"patterns: entry point '{entry.name}' ({entry.value}) offers {rule!r}; a Rule or several are needed"
+                )
+            found.append(rule)
+    return tuple(sorted(found, key=lambda rule: rule.order))
