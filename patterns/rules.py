@@ -54,6 +54,7 @@ class Surroundings:
 
 
 Build = Callable[[Match, Surroundings], "Site | str"]
+Emit = Callable[[Any], "tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,9 @@ class Rule:
         Whether an anchor outside a match is worth telling of.
     order
         Kinds are recognised in this order; within a kind the rule with the larger order is tried later.
+    emit
+        The operation of the dialect that a site stands for: a plain function of tensors (its body is its meaning), and its
+        operands, graph values among them. None for sites that name places and compute nothing of their own.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Rule:
     anchors: frozenset[Any] = frozenset()
     suspicious: Callable[[fx.Node, Surroundings], bool] = lambda node, around: True
     order: int = 0
+    emit: Emit | None = None
 
 
 def miss(kind: str, node: fx.Node, reason: str, *, reached: fx.Node | None = None, name: str = "") -> Mismatch:
