@@ -17,7 +17,8 @@ from recast.lowering.spec import decode_spec, encode_spec
 from recast.passes.forms.operator import Operator
 from recast.passes.meta import propagate
 from recast.passes.module import OperatorModule
-from recast.patterns.errors import ArtifactError
+from recast.patterns.derivation import Derivation
+from recast.patterns.errors import ArtifactError, RecastError
 from recast.patterns.linear.packing import size_hint
 from recast.patterns.program import Interface, Program, fixed_size, get_by_path, set_by_path
 
@@ -89,6 +90,8 @@ def program_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "training": program.training,
         "label": program.label,
         "notes": program.notes,
+        "derived": {name: made.to_dict() for name, made in program.derived.items()},
+        "dropped": program.dropped,
         "interface": {
             "parameters": list(interface.parameters),
             "args": list(interface.args),
@@ -226,7 +229,7 @@ def program_from(data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
     """
     try:
         return _program_from(data, tensors)
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, RecastError) as error:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(
@@ -287,6 +290,8 @@ def _program_from(data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
         training=data["training"],
         label=data["label"],
         notes=list(data["notes"]),
+        derived={str(n): Derivation.from_dict(made) for n, made in data.get("derived", {}).items()},
+        dropped={str(n): str(why) for n, why in data.get("dropped", {}).items()},
     )
     for position, node in enumerate(program.inputs()):
         if position in program.interface.constants:

@@ -136,7 +136,7 @@ class Pipeline:
                 raise PlanError(
                     f"pipeline: pass '{name}' in '{text}' needs {', '.join(needed)}, as in '{name}{{{needed[0]}=...}}'"
                 )
-            found.append(kind(**{k.strip(): v.strip() for k, v in given.items()}))
+            found.append(kind(**{k.strip(): _typed(kind, k.strip(), v.strip()) for k, v in given.items()}))
         if ",".join(str(p) for p in found).replace(" ", "") != text.replace(" ", ""):
             raise PlanError(
                 f"pipeline: '{text}' cannot be read; write it like 'raise_sites,apply_forms,cast{{dtype=bf16}}'"
@@ -153,6 +153,19 @@ class Pipeline:
                     f"pipeline: '{step.name}' requires {missing}, which no pass before it in '{self}' ensures"
                 )
             have |= set(step.ensures)
+
+
+def _typed(kind: type[Pass], option: str, text: str) -> Any:
+    """An option's value as its default is: text, a truth value or a number."""
+    default = next(f.default for f in dataclasses.fields(kind) if f.name == option)
+    try:
+        if isinstance(default, bool):
+            return {"True": True, "False": False}[text]
+        return type(default)(text) if isinstance(default, int | float) else text
+    except (KeyError, ValueError):
+        raise PlanError(
+            f"pipeline: option '{option}' of '{kind.name}' is '{text}'; it takes a value like {default!r}"
+        ) from None
 
 
 def discover() -> None:

@@ -17,6 +17,7 @@ from recast.passes.meta import fake_values
 from recast.passes.module import OperatorModule
 from recast.passes.report import fidelity
 from recast.patterns.constants import Constants
+from recast.patterns.derivation import Derivation
 from recast.patterns.errors import VerificationError
 from recast.patterns.linear.find import product_flops
 from recast.patterns.linear.packing import size_hint
@@ -138,17 +139,46 @@ def _interface(before: Program, after: Program) -> None:
 
 
 def _ownership(before: Program, after: Program, step: Pass) -> dict[str, int]:
-    """Each original parameter is kept as it is, or replaced by an operator, or dropped because nothing reads it."""
+    """Each original parameter is kept as it is, or replaced by an operator, or dropped because nothing reads it.
+
+    An exact pass may also make new weights of named old ones: each of those has its formula in ``program.derived``.
+    """
     old, new = before.weights, after.weights
-    if extra := sorted(set(new) - set(old)):
+    made = _made(before, after) if step.soundness is Soundness.EXACT else {}
+    if extra := sorted(set(new) - set(old) - set(made)):
         raise VerificationError(f"weights {extra} appeared from nowhere")
     for name, weight in new.items():
+        if name in made:
+            continue
         same = weight.shape == old[name].shape
         if step.soundness is not Soundness.BOUNDED:
             same = same and weight.data_ptr() == old[name].data_ptr() and weight.dtype == old[name].dtype
         if not same:
             raise VerificationError(f"weight '{name}' is another tensor than before")
-    return {"weights_kept": len(new), "weights_replaced": len(set(old) - set(new))}
+    if lost := sorted(name for name in before.derived if name in new and name not in after.derived):
+        raise VerificationError(f"weights {lost} were made of others, which is no longer on record")
+    gone = set(old) - set(new)
+    replaced = {name for name in gone if after.successors_of(name)} if made else gone
+    return {
+        "weights_kept": len(new) - len(made),
+        "weights_replaced": len(replaced),
+        **({"weights_made": len(made), "weights_dropped": len(gone - replaced)} if made else {}),
+    }
+
+
+def _made(before: Program, after: Program) -> dict[str, Derivation]:
+    """Weights that a pass made: on record as such, of the shape their formula gives, and of weights there were."""
+    old, new = before.weights, after.weights
+    made = {n: d for n, d in after.derived.items() if n in new and before.derived.get(n) != d}
+    known = set(old) | {source for d in before.derived.values() for source in d.sources}
+    for name, derivation in made.items():
+        if unknown := [source for source in derivation.sources if source not in known]:
+            raise VerificationError(f"weight '{name}' is said to be made of {unknown}, which the program never had")
+        if tuple(new[name].shape) != derivation.shape:
+            raise VerificationError(
+                f"weight '{name}' is {type_text(new[name])}, its formula {derivation} gives {list(derivation.shape)}"
+            )
+    return made
 
 
 def _numbers(before: Program, after: Program, step: Pass, context: Context) -> dict[str, float]:

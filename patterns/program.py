@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from recast.patterns.derivation import Derivation
 from recast.patterns.errors import CaptureError
 from recast.patterns.printer import program_text
 
@@ -119,6 +120,12 @@ class Program:
         A human name, used in reports.
     notes
         What capture had to decide on the way, in words.
+    derived
+        For each weight that an exact rewrite made, under an old name or a new one: what it is of the original ones.
+    dropped
+        Original weights that nothing needs any more, with the reason.
+    rewrites
+        What `recast.simplify` did and refused, if it was run.
     """
 
     module: fx.GraphModule
@@ -130,6 +137,9 @@ class Program:
     notes: list[str] = dataclasses.field(default_factory=list)
     report: Any = None
     plan: Any = None
+    derived: dict[str, Derivation] = dataclasses.field(default_factory=dict)
+    dropped: dict[str, str] = dataclasses.field(default_factory=dict)
+    rewrites: Any = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -146,6 +156,17 @@ class Program:
                 if isinstance(value, Tensor):
                     found[node.target] = value
         return found
+
+    def originals_of(self, name: str) -> tuple[str, ...]:
+        """Names of the captured model's weights that a weight of this program is made of."""
+        return self.derived[name].sources if name in self.derived else (name,)
+
+    def successors_of(self, name: str) -> tuple[str, ...]:
+        """Names of this program's weights that an original weight went into; empty if nothing needs it any more."""
+        name = self.aliases.get(name, name)
+        held = self.weights
+        kept = (name,) if name in held and name not in self.derived else ()
+        return kept + tuple(new for new, made in self.derived.items() if name in made.sources and new in held)
 
     def inputs(self) -> list[fx.Node]:
         """Placeholders in order."""
@@ -218,7 +239,12 @@ class Program:
         graph.output(output[0])
         graph.find_nodes(op="output")[0].meta = dict(output[1].meta)
         return dataclasses.replace(
-            self, module=fx.GraphModule(module, graph, "Program"), aliases=dict(self.aliases), notes=list(self.notes)
+            self,
+            module=fx.GraphModule(module, graph, "Program"),
+            aliases=dict(self.aliases),
+            notes=list(self.notes),
+            derived=dict(self.derived),
+            dropped=dict(self.dropped),
         )
 
     def fingerprint(self) -> str:

@@ -22,6 +22,7 @@ from recast.passes.plan import Plan, plan
 from recast.passes.recipe import Recipe, Rule
 from recast.passes.report import Report
 from recast.passes.rewrite import rewrite
+from recast.passes.simplify import simplify
 from recast.patterns.capture.export import capture
 from recast.patterns.errors import RecastError
 from recast.patterns.find import Coverage, coverage, find
@@ -53,4 +54,5 @@ __all__ = [
     "optimize",
     "plan",
     "rewrite",
+    "simplify",
 ]
