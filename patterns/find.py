@@ -12,7 +12,8 @@ from recast.patterns.constants import Constants
 from recast.patterns.linear.find import find_linear, product_flops
 from recast.patterns.linear.spellings import is_matrix
 from recast.patterns.program import Program
-from recast.patterns.sites import Mismatch, Site, source_line
+from recast.patterns.recognise import recognise
+from recast.patterns.sites import LinearSite, Mismatch, Site, source_line
 
 __all__ = ["Coverage", "coverage", "find"]
 
@@ -27,8 +28,15 @@ _LOOKUPS = {
 _ELEMENTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.stack.default}
 
 
-def find(program: Program) -> list[Site]:
-    """Every place of a program worth rewriting, in graph order.
+def find(program: Program, kind: str | None = None) -> list[Site]:
+    """Every place of a program worth rewriting: linear sites in graph order, then what they are part of, kind by kind.
+
+    Parameters
+    ----------
+    program
+        Where to look.
+    kind
+        Only sites of this kind: ``linear``, ``norm``, ``rotary``, ``attention``, ``moe``, ``mlp``, ``embedding``.
 
     Examples
     --------
@@ -38,8 +46,9 @@ def find(program: Program) -> list[Site]:
     >>> [(site.kind, site.name, site.shape) for site in find(program)]
     [('linear', '0', (4, 8))]
     """
-    sites, _ = find_linear(program)
-    return list(sites)
+    if kind == "linear":
+        return list(find_linear(program)[0])
+    return [site for site in recognise(program).sites if kind in (None, site.kind)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +106,9 @@ class Coverage:
 def coverage(program: Program) -> Coverage:
     """Measure how much of a program `find` reaches; see `Coverage`."""
     constants = Constants(program)
-    sites, mismatches = find_linear(program, constants)
+    recognition = recognise(program, constants)
+    sites = [site for site in recognition.sites if isinstance(site, LinearSite)]
+    mismatches = recognition.misses
     weights = constants.weights
     matched = {name for site in sites for name in site.weights}
     misses = list(mismatches)
@@ -112,7 +123,7 @@ def coverage(program: Program) -> Coverage:
         total += weight.numel() if multiplied else 0
     owned = sum(weights[name].numel() for name in matched)
     flops = sum(product_flops(node) for node in program.graph.nodes if node not in constants)
-    return Coverage(total, owned, flops, sum(site.flops for site in sites), tuple(sites), tuple(misses))
+    return Coverage(total, owned, flops, sum(site.flops for site in sites), recognition.sites, tuple(misses))
 
 
 def _users(program: Program, constants: Constants) -> dict[str, list[fx.Node]]:
@@ -131,7 +142,7 @@ def _other_use(name: str, users: list[fx.Node], program: Program, constants: Con
     numel = constants.weights[name].numel()
     node = users[0] if users else None
     where, label = (source_line(node), node.name) if node else ("", "")
-    if kinds and kinds <= set(_LOOKUPS):
+    if kinds and kinds <= set(_LOOKUPS) and constants.weights[name].ndim < 3:  # of stacks, whole matrices are looked up
         reason = next(_LOOKUPS[kind] for kind in _LOOKUPS if kind in kinds)
         return Mismatch(name, "embedding", numel, reason, label, where), False
     if kinds and kinds <= _ELEMENTWISE | set(_LOOKUPS):

@@ -54,7 +54,7 @@ class Surroundings:
 
 
 Build = Callable[[Match, Surroundings], "Site | str"]
-Emit = Callable[[Any], "tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]"]
+Emit = Callable[[Any], "tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ __all__ = [
     "Part",
     "Piece",
     "RotarySite",
+    "Routing",
     "Site",
     "Use",
     "source_line",
@@ -84,6 +85,35 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
+class Routing:
+    """Which matrix of a weight meets which row, where the model decides that as it runs: experts of a mixture.
+
+    Parameters
+    ----------
+    kind
+        ``gathered``: a row meets the matrix numbered by `index` at its place. ``grouped``: rows lie in runs, the run of matrix
+        e ending before row ``index[e]``; rows beyond the last run give nothing.
+    index
+        Numbers of matrices, or ends of runs.
+    letters
+        Letters of the result that the dimensions of the numbers (or the rows in runs) have.
+    y
+        All letters of the result.
+    count
+        Matrices there are.
+    nodes
+        What stands between the weight and the product: the gather, and views of what it gives.
+    """
+
+    kind: str
+    index: fx.Node
+    letters: str
+    y: str
+    count: int
+    nodes: tuple[fx.Node, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Use:
     """One product in the graph: ``y = contraction(x, weight) + bias``.
 
@@ -102,9 +132,11 @@ class Use:
     addend
         Something else that the operation adds (`addmm` with a matrix), or None.
     index
-        For a batched weight, which of its matrices; else None.
+        For a batched weight, or one of experts, which of its matrices; else None.
     weight_shape
         Size of each letter of the contraction's weight; dimensions of size 1 that carry nothing are left out.
+    routing
+        For an expert, which rows meet its matrix; the contraction is then that of one matrix with all rows.
     """
 
     node: fx.Node
@@ -116,6 +148,7 @@ class Use:
     addend: fx.Node | None = None
     index: int | None = None
     weight_shape: tuple[int, ...] = ()
+    routing: Routing | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +293,7 @@ class _Structure(Site):
         found = super().to_dict()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in found or field.name in ("node", "nodes") or isinstance(value, fx.Node):
+            if field.name in found or field.name in ("node", "nodes", "masks") or isinstance(value, fx.Node):
                 continue
             found[field.name] = _plain(value)
         return found
@@ -298,6 +331,16 @@ class NormSite(_Structure):
         Elements normalised together.
     weight_first
         Whether the weight is applied in the wider dtype, before the cast back.
+    eps_at
+        Where eps enters: ``inside`` the root, ``outside`` (added to the root) or as a ``floor`` of it.
+    groups
+        Groups of features (or channels) normalised each for itself.
+    axes
+        Trailing dimensions normalised together (``layer``).
+    mean, variance
+        Statistics of a batch norm, constants.
+    compute, product, between
+        Dtypes, where the model chose them: of the statistics, of ``x / sqrt(...)``, of that where it meets the weight.
     """
 
     kind: ClassVar[str] = "norm"
@@ -309,6 +352,14 @@ class NormSite(_Structure):
     eps: float = 0.0
     features: int = 0
     weight_first: bool = False
+    eps_at: str = "inside"
+    groups: int = 1
+    axes: int = 1
+    mean: fx.Node | None = None
+    variance: fx.Node | None = None
+    compute: torch.dtype | None = None
+    product: torch.dtype | None = None
+    between: torch.dtype | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,9 +371,16 @@ class RotarySite(_Structure):
     x, cos, sin
         Operands.
     layout
-        ``half`` (the halves of a head are paired) or ``interleaved`` (neighbours are).
+        ``half`` (the halves of a head are paired), ``interleaved`` (neighbours are), or ``unwoven`` (neighbours are paired, and
+        the result holds all first elements of the pairs, then all second ones).
     rotated
-        Features of a head that are rotated, the first ones; the others pass.
+        Features of a head that are rotated; the others pass.
+    start
+        Where the rotated features begin.
+    inverse
+        Whether it turns the other way.
+    compute
+        Dtype in which the model rotates, if another than that of `x`.
     """
 
     kind: ClassVar[str] = "rotary"
@@ -331,6 +389,9 @@ class RotarySite(_Structure):
     sin: fx.Node | None = None
     layout: str = "half"
     rotated: int = 0
+    start: int = 0
+    inverse: bool = False
+    compute: torch.dtype | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,6 +412,12 @@ class AttentionSite(_Structure):
         ``none``, ``causal``, ``additive``, ``boolean``, ``sliding`` or ``bias``.
     mask_node
         The mask in the graph, if it is a value.
+    masks
+        Every mask in order, as ``(kind, value, fill)``; see `recast.patterns.attention.dialect.attention`.
+    score_dtype
+        In which the scores are normalised, if another than that of the query.
+    grouped
+        Whether the core itself serves several query heads with one key head.
     normaliser
         ``softmax``, ``sigmoid`` or ``relu``.
     softcap
@@ -382,6 +449,9 @@ class AttentionSite(_Structure):
     scale: float = 1.0
     mask: str = "none"
     mask_node: fx.Node | None = None
+    masks: tuple[tuple[str, Any, Any], ...] = ()
+    score_dtype: torch.dtype | None = None
+    grouped: bool = False
     normaliser: str = "softmax"
     softcap: float = 0.0
     sinks: fx.Node | None = None

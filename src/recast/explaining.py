@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from recast.patterns.capture.export import capture
 from recast.patterns.errors import FormError, ModelError, RecastError
 from recast.patterns.find import coverage
 from recast.patterns.program import Program
-from recast.patterns.sites import LinearSite, Mismatch
+from recast.patterns.sites import LinearSite, Mismatch, Site
 
 __all__ = ["explain", "forms_by_target"]
 
@@ -50,6 +51,9 @@ def explain(program: Program, name: str) -> dict[str, Any]:
     site = sites.get(wanted) or next((s for s in sites.values() if wanted in s.weights), None)
     if site is not None:
         return _site(site)
+    structures = [s for s in covered.sites if s.name == wanted and not isinstance(s, LinearSite)]
+    if structures:
+        return _structure(structures)
     owner, _, part = wanted.rpartition(".")
     if owner in sites and part in {p.name for p in sites[owner].parts}:
         return _part(sites[owner], part)
@@ -86,6 +90,15 @@ def _site(site: LinearSite) -> dict[str, Any]:
     if site.tied:
         text += f"; tied: {', '.join(site.tied)} reads the same weight, so a rule must name it to rewrite it"
     return {**site.to_dict(), "what": "site", "text": text, "forms": _forms(site.shape, site.dtype)}
+
+
+def _structure(found: Sequence[Site]) -> dict[str, Any]:
+    first = found[0].to_dict()
+    text = "; ".join(f"{s.kind} '{s.name}', found by the pattern '{getattr(s, 'pattern', s.kind)}'" for s in found)
+    details = ", ".join(
+        f"{k} {v}" for k, v in first.items() if k not in ("kind", "name", "weights", "pattern", "where")
+    )
+    return {**first, "what": "site", "text": f"{text}: {details}"}
 
 
 def _part(site: LinearSite, name: str) -> dict[str, Any]:

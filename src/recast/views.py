@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ from recast.models import Model
 from recast.passes.render.words import bytes_text, count_text
 from recast.patterns.find import Coverage
 from recast.patterns.program import Program
-from recast.patterns.sites import LinearSite
+from recast.patterns.sites import AttentionSite, LinearSite, MoESite, NormSite, Site
 
-__all__ = ["explanation", "forms_tables", "inspection"]
+__all__ = ["explanation", "forms_tables", "inspection", "structure_text"]
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
@@ -29,14 +30,36 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     return made
 
 
+def structure_text(site: Site) -> str:
+    """What a site of several operations is, in one line."""
+    found = site.to_dict()
+    if isinstance(site, AttentionSite):
+        roles = ", ".join(f"{r} {_short(site.name, found[r])}" for r in ("q", "k", "v", "o") if found[r])
+        heads = f"{site.heads} heads" if site.heads == site.kv_heads else f"{site.heads} heads on {site.kv_heads}"
+        return f"{heads} of {site.head_dim}, mask {site.mask}; {roles}"
+    if isinstance(site, MoESite):
+        shared = f", {len(site.shared)} shared" if site.shared else ""
+        return f"{len(site.experts)} experts{shared}, {site.top_k} a token, by {site.dispatch}"
+    if isinstance(site, NormSite):
+        return f"{site.flavour}, {site.features} features, eps {site.eps:g}"
+    skip = ("kind", "name", "weights", "pattern", "where")
+    return ", ".join(f"{k} {v}" for k, v in found.items() if k not in skip and v not in ("", None, []))
+
+
+def _short(owner: str, name: str) -> str:
+    return name.removeprefix(f"{owner}.")
+
+
 def inspection(model: Model, program: Program, covered: Coverage) -> list[Any]:
     """What `recast inspect` prints."""
     parameters = sum(w.numel() for w in program.weights.values())
     flops = covered.flops_matched / covered.flops_total if covered.flops_total else 1.0
     size = f"{count_text(parameters)} parameters, {bytes_text(model.nbytes)} stored"
+    kinds = Counter(site.kind for site in covered.sites)
+    counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items()) or "no"
     lines = [
         f"{model.label} ({model.kind}): {size}, {len(program.graph.nodes)} operations",
-        f"{len(covered.sites)} sites: {covered.fraction:.1%} of the matrix parameters, {flops:.1%} of the FLOPs",
+        f"{counts} sites: {covered.fraction:.1%} of the matrix parameters, {flops:.1%} of the FLOPs",
     ]
     lines += [f"note: {note}" for note in program.notes]
     parts: list[Any] = [Text("\n".join(lines))]
@@ -55,6 +78,13 @@ def inspection(model: Model, program: Program, covered: Coverage) -> list[Any]:
     ]
     if rows:
         parts.append(table("Sites", ["site", "shape>", "parameters>", "FLOPs>", "written as", "parts", "where"], rows))
+    parts_of = [
+        (s.name, s.kind, structure_text(s), getattr(s, "where", ""))
+        for s in covered.sites
+        if not isinstance(s, LinearSite)
+    ]
+    if parts_of:
+        parts.append(table("Made of these", ["name", "kind", "what", "where"], parts_of))
     misses = [(m.name, m.kind, count_text(m.parameters), m.reason, m.where) for m in covered.misses]
     if misses:
         parts.append(table("Not matched", ["name", "kind", "parameters>", "reason", "where"], misses))
