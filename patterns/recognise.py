@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from torch import fx
@@ -15,6 +16,10 @@ from recast.patterns.rules import Rule, Surroundings, miss, rules
 from recast.patterns.sites import Mismatch, Site
 
 __all__ = ["Recognition", "recognise"]
+
+_WHOLE = (
+    10_000  # a match that `build` refused came farther than any that did not match; of equal ones the last rule is told
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +86,21 @@ def _kind(
                     owner.update(dict.fromkeys(match.nodes, match))
                     found.append((position[root], site))
                     continue
-                _note(failed, match.nodes, rule, (len(match.nodes), rule, site, root))
+                _note(failed, match.nodes, rule, (_WHOLE + len(match.nodes), rule, site, root))
             elif trail.node is not None:
                 _note(failed, trail.seen, rule, (trail.depth, rule, trail.reason, trail.node))
-    around.sites += [site for _, site in sorted(found, key=lambda item: item[0])]
+    around.sites += _named_apart([site for _, site in sorted(found, key=lambda item: item[0])], around)
     misses = []
+    told: set[tuple[str, str, fx.Node]] = set()
     for node in position:
         anchored = [rule for rule in tried if node.target in rule.anchors]
         if not anchored or node in owner or not any(rule.suspicious(node, around) for rule in anchored):
             continue
         if node in failed:
             _, rule, reason, reached = failed[node]
+            if (rule.name, reason, reached) in told:  # several anchors in one place
+                continue
+            told.add((rule.name, reason, reached))
             misses.append(miss(rule.kind, node, f"nearest pattern '{rule.name}': {reason}", reached=reached))
         else:
             names = " or ".join(rule.name for rule in anchored)
@@ -101,6 +110,17 @@ def _kind(
     return misses
 
 
+def _named_apart(sites: Sequence[Site], around: Surroundings) -> list[Site]:
+    """The same sites with names of their own: a module called twice gives several."""
+    taken = {*around.linear, *(site.name for site in around.sites)}
+    apart = []
+    for site in sites:
+        name = next(n for i in itertools.count() if (n := f"{site.name}_{i}" if i else site.name) not in taken)
+        taken.add(name)
+        apart.append(site if name == site.name else dataclasses.replace(site, name=name))
+    return apart
+
+
 def _note(
     failed: dict[fx.Node, tuple[int, Rule, str, fx.Node]],
     nodes: Sequence[fx.Node],
@@ -108,5 +128,5 @@ def _note(
     failure: tuple[int, Rule, str, fx.Node],
 ) -> None:
     for node in nodes:
-        if node.target in rule.anchors and (node not in failed or failed[node][0] < failure[0]):
+        if node.target in rule.anchors and (node not in failed or failed[node][0] <= failure[0]):
             failed[node] = failure

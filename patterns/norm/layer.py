@@ -1,0 +1,59 @@
+"""LayerNorm written out: ``(x - mean) / sqrt(var + eps)``, then maybe a weight and a bias."""
+
+from __future__ import annotations
+
+import torch
+
+from recast.patterns.language import Any_, Call, Either, Literal, Match, Pattern
+from recast.patterns.norm.emit import emit
+from recast.patterns.norm.pieces import (
+    ANCHORS,
+    SUB,
+    affine,
+    cast,
+    computed,
+    mean,
+    mean_square,
+    normalised,
+    spread,
+    square,
+    suspicious,
+)
+from recast.patterns.norm.site import written
+from recast.patterns.rules import Rule, Surroundings
+from recast.patterns.sites import NormSite
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+_X = cast(Any_("x", where=computed))
+_CENTRED = cast(Call.of(SUB, _X, spread(mean(_X, "centre"))))
+
+
+def _variance() -> Pattern:
+    """The variance, as the mean square of what is centred, as ``mean(x^2) - mean(x)^2``, or as one operation."""
+    moment = Call.of(SUB, cast(mean_square(_X)), cast(square(cast(mean(_X, "centre2")), "centre_square")))
+    direct = Either.of(
+        Call.of(aten.var.correction, _X, Literal("variance_dims"), name="variance", correction=Literal("correction")),
+        Call.of(aten.var.dim, _X, Literal("variance_dims"), Literal("correction"), name="variance"),
+    )
+    return Either.of(mean_square(_CENTRED), direct, moment)
+
+
+def _build(match: Match, around: Surroundings) -> NormSite | str:
+    return written(match, around, flavour="layer", pattern="layer_norm")
+
+
+RULES = (
+    Rule(
+        "layer_norm",
+        "norm",
+        affine(normalised(_CENTRED, _variance())),
+        _build,
+        anchors=ANCHORS,
+        suspicious=suspicious,
+        order=11,
+        emit=emit,
+    ),
+)

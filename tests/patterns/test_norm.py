@@ -1,0 +1,385 @@
+"""Every spelling of a normalisation is found, says what it is, and computes the same once raised; near misses say why."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recast.passes.report import fidelity
+from recast.passes.rules.raise_structures import raise_program
+from recast.passes.verify import coarsest_dtype, exact_bound
+from recast.patterns.capture.export import capture
+from recast.patterns.norm import RULES
+from recast.patterns.recognise import Recognition, recognise
+from recast.patterns.sites import NormSite
+
+HEADS, D = 4, 12
+EPS = 1e-5
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+class Written(nn.Module):
+    """A function of x, a weight and a bias, as a module; `shape` is that of the weight."""
+
+    def __init__(self, run: Callable[..., Any], shape: tuple[int, ...] = (D,)) -> None:
+        super().__init__()
+        self.run = run
+        self.weight = nn.Parameter(torch.randn(shape) + 1)
+        self.bias = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(x, self.weight, self.bias)
+
+
+def llama(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = x.to(torch.float32)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+    return w * h.to(x.dtype)
+
+
+def olmo2(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = x.to(torch.float32)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+    return (w * h).to(x.dtype)
+
+
+def gemma(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
+    return (h * (1.0 + w.float())).type_as(x)
+
+
+def t5(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + EPS)
+    return w * (h.to(w.dtype) if w.dtype == torch.bfloat16 else h)
+
+
+def power(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w * (x * torch.pow((x * x).mean(-1, keepdim=True) + EPS, -0.5))
+
+
+def divided(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x / torch.sqrt(EPS + torch.square(x).mean(-1, keepdim=True)) * w + b
+
+
+def inverted(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return (1.0 / torch.sqrt((x**2).mean(dim=-1, keepdim=True) + EPS)) * x * w
+
+
+def summed(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) / D + EPS) * w
+
+
+def unsqueezed(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(x.pow(2).mean(-1) + EPS).unsqueeze(-1))
+
+
+def rounded_factor(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS).to(x.dtype) * w
+
+
+def eps_outside(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + EPS) * w
+
+
+def by_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x / (x.norm(2, dim=-1, keepdim=True) * D**-0.5).clamp(min=EPS) * w
+
+
+def no_eps(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) * w
+
+
+def no_weight(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+
+
+def grouped(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = x.view(*x.shape[:-1], 3, D // 3)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+    return w * h.view(*x.shape)
+
+
+def gated(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+    return (w * h.to(x.dtype)) * F.silu(x + 1)
+
+
+def per_head(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = x.view(*x.shape[:-1], HEADS, D // HEADS)
+    return w[: D // HEADS] * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS))
+
+
+def operation(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.rms_norm(x, (D,), w, EPS)
+
+
+def bare_operation(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.rms_norm(x, (D,)) * w
+
+
+def layer(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).pow(2).mean(-1, keepdim=True)
+    return w * ((x - mean) / torch.sqrt(variance + EPS)) + b
+
+
+def layer_wide(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = x.to(torch.float32)
+    mean = h.mean(-1, keepdim=True)
+    h = (h - mean) * torch.rsqrt((h - mean).pow(2).mean(-1, keepdim=True) + EPS)
+    return (w.to(torch.float32) * h).to(x.dtype)
+
+
+def layer_variance(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) * torch.pow(x.var(-1, unbiased=False, keepdim=True) + EPS, -0.5) * w + b
+
+
+def layer_moments(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) * torch.rsqrt((x * x).mean(-1, keepdim=True) - mean**2 + EPS)
+
+
+def layer_operation(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.layer_norm(x, (D,), w, b, EPS)
+
+
+def layer_one_plus(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.layer_norm(x, (D,), w + 1, b, EPS)
+
+
+def layer_bare(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.layer_norm(x, (D,), None, None, EPS) * w + b
+
+
+def unit(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1)
+
+
+def unit_plain(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x / x.norm(p=2, dim=-1, keepdim=True)
+
+
+def unit_inside(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + EPS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What a spelling's site must say; fields left out are not looked at."""
+
+    run: Callable[..., Any]
+    flavour: str
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+RMS, LAYER, L2 = "rms", "layer", "l2"
+W = {"eps": EPS, "weights": ("weight",), "features": D, "offset": 0.0}
+SPELLINGS = [
+    Expected(llama, RMS, W),
+    Expected(olmo2, RMS, W),
+    Expected(gemma, RMS, W | {"offset": 1.0}),
+    Expected(t5, RMS, W),
+    Expected(power, RMS, W),
+    Expected(divided, RMS, W | {"weights": ("weight", "bias")}),
+    Expected(inverted, RMS, W),
+    Expected(summed, RMS, W),
+    Expected(unsqueezed, RMS, W),
+    Expected(rounded_factor, RMS, W),
+    Expected(eps_outside, RMS, W | {"eps_at": "outside"}),
+    Expected(by_norm, RMS, W | {"eps_at": "floor"}),
+    Expected(no_eps, RMS, W | {"eps": 0.0}),
+    Expected(no_weight, RMS, W | {"weights": ()}),
+    Expected(grouped, RMS, W | {"groups": 3}),
+    Expected(gated, RMS, W),
+    Expected(per_head, RMS, W | {"features": D // HEADS}),
+    Expected(operation, RMS, W),
+    Expected(bare_operation, RMS, {"weights": ("weight",)}),
+    Expected(layer, LAYER, W | {"weights": ("weight", "bias")}),
+    Expected(layer_wide, LAYER, W),
+    Expected(layer_variance, LAYER, W | {"weights": ("weight", "bias")}),
+    Expected(layer_moments, LAYER, W | {"weights": ()}),
+    Expected(layer_operation, LAYER, W | {"weights": ("weight", "bias")}),
+    Expected(layer_one_plus, LAYER, W | {"weights": ("weight", "bias"), "offset": 1.0}),
+    Expected(layer_bare, LAYER, W | {"weights": ("weight", "bias")}),
+    Expected(unit, L2, {"eps": 1e-12, "eps_at": "floor", "weights": ()}),
+    Expected(unit_plain, L2, {"eps": 0.0}),
+    Expected(unit_inside, L2, {"eps": EPS, "eps_at": "inside"}),
+]
+
+
+def found(model: nn.Module, *inputs: Tensor) -> tuple[Any, Recognition]:
+    program = capture(model.eval(), inputs)
+    return program, recognise(program, only=RULES)
+
+
+def norms(recognition: Recognition) -> list[NormSite]:
+    return [site for site in recognition.sites if isinstance(site, NormSite)]
+
+
+def misses(recognition: Recognition) -> list[str]:
+    return [miss.reason for miss in recognition.misses if miss.kind == "norm"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("expected", SPELLINGS, ids=lambda e: e.run.__name__)
+def test_spelling(expected: Expected, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Written(expected.run).to(dtype).eval()
+    program, recognition = found(model, torch.randn(2, 5, D, dtype=dtype))
+    (site,) = norms(recognition)
+    assert misses(recognition) == []
+    assert site.flavour == expected.flavour
+    for name, value in expected.facts.items():
+        assert getattr(site, name) == value, name
+    bound = exact_bound(coarsest_dtype(program))  # some spellings narrow float64 themselves
+    raised = raise_program(program)
+    called = [
+        n.target.__name__ for n in raised.graph.nodes if n.op == "call_function" and hasattr(n.target, "__code__")
+    ]
+    assert called == [f"{expected.flavour}_norm"]
+    for batch, length in ((1, 7), (3, HEADS), (2, 2)):
+        x = torch.randn(batch, length, D, dtype=dtype)
+        with torch.no_grad():
+            wanted, got = model(x), raised(x)
+        assert got.dtype == wanted.dtype
+        assert fidelity(wanted, got)["relative_error"] <= bound
+
+
+def wrong_dimension(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + EPS) * w
+
+
+def unbiased(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True) + EPS) * w + b
+
+
+def other_value(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return torch.sin(x) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w
+
+
+def cubed(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.abs().pow(3).mean(-1, keepdim=True) + EPS) * w
+
+
+def computed_eps(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + x.amax(-1, keepdim=True).exp()) * w
+
+
+def wrong_count(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / (D - 1) + EPS) * w
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (wrong_dimension, "over dimension 1 of 3; a norm takes the last"),
+        (unbiased, "unbiased"),
+        (other_value, "not the same as 'x'"),
+        (cubed, "3 where 2 is needed"),
+        (computed_eps, "is computed, a literal is needed"),
+        (wrong_count, f"not divided by its {D} terms"),
+    ],
+)
+def test_near_miss(run: Callable[..., Any], reason: str) -> None:
+    _, recognition = found(Written(run), torch.randn(2, 5, D))
+    assert norms(recognition) == []
+    (told,) = misses(recognition)
+    assert reason in told
+
+
+def test_weight_of_another_size() -> None:
+    """A weight for each token is none of the norm's: the norm is found without it."""
+
+    def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return no_weight(x, w, b) * w
+
+    _, recognition = found(Written(run, (5, 1)), torch.randn(2, 5, D))
+    (site,) = norms(recognition)
+    assert site.weight is None
+    assert site.weights == ()
+
+
+def test_table_that_is_added_is_no_bias() -> None:
+    """Positions added to a norm broadcast over the batch, not over tokens."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.table = nn.LayerNorm(D), nn.Parameter(torch.randn(1, 5, D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) * x + self.table + self.norm(x)
+
+    _, recognition = found(Model(), torch.randn(2, 5, D))
+    written, operation = norms(recognition)
+    assert (written.bias, operation.name) == (None, "norm")
+
+
+def test_value_used_outside() -> None:
+    """What something else reads too stays where it was."""
+
+    def run(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        square = x.pow(2).mean(-1, keepdim=True)
+        normal = x * torch.rsqrt(square + EPS)
+        return w * normal, normal.sin(), square
+
+    model = Written(run)
+    program, recognition = found(model, torch.randn(2, 5, D))
+    assert len(norms(recognition)) == 1
+    x = torch.randn(3, HEADS, D)
+    for wanted, got in zip(model(x), raise_program(program)(x), strict=True):
+        assert fidelity(wanted, got)["relative_error"] <= exact_bound(torch.float32)
+
+
+def test_weight_of_each_head() -> None:
+    def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        h = x.view(*x.shape[:-1], HEADS, D // HEADS)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+        return (h * w).transpose(1, 2)
+
+    model = Written(run, (HEADS, D // HEADS))
+    program, recognition = found(model, torch.randn(2, 5, D))
+    (site,) = norms(recognition)
+    assert (site.weights, site.features) == (("weight",), D // HEADS)
+    x = torch.randn(3, HEADS, D)
+    assert fidelity(model(x), raise_program(program)(x))["relative_error"] <= exact_bound(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("module", "flavour", "facts"),
+    [
+        (nn.GroupNorm(2, 6), "group", {"groups": 2, "features": 3}),
+        (nn.BatchNorm2d(6), "batch", {"features": 6, "weights": ("weight", "bias", "running_mean", "running_var")}),
+        (nn.BatchNorm2d(6, affine=False), "batch", {"weights": ("running_mean", "running_var")}),
+        (nn.LayerNorm((6, 5, 5)), "layer", {"axes": 3, "features": 150}),
+    ],
+    ids=["group", "batch", "batch without weight", "layer over three"],
+)
+def test_images(module: nn.Module, flavour: str, facts: dict[str, Any]) -> None:
+    if isinstance(module, nn.BatchNorm2d):
+        module(torch.randn(4, 6, 5, 5))  # statistics other than 0 and 1
+    model = module.eval()
+    program, recognition = found(model, torch.randn(2, 6, 5, 5))
+    (site,) = norms(recognition)
+    assert site.flavour == flavour
+    assert {name: getattr(site, name) for name in facts} == facts
+    x = torch.randn(3, 6, 5, 5)
+    assert fidelity(model(x), raise_program(program)(x))["relative_error"] <= exact_bound(torch.float32)
+
+
+def test_names_are_of_modules_and_their_own() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.LayerNorm(D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(self.first(x).sin())
+
+    _, recognition = found(Model(), torch.randn(2, 5, D))
+    assert [site.name for site in norms(recognition)] == ["first", "first_1"]
