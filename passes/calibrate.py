@@ -295,7 +295,15 @@ def _points(sites: list[LinearSite]) -> dict[Any, _Point]:
     """Group sites that read exactly the same vectors, so that one Gram matrix serves them all."""
     uses_of = {
         site.name: tuple(
-            (use.x, use.contraction.x, use.contraction.inputs, use.contraction.free, use.index) for use in site.uses
+            (
+                use.x,
+                use.contraction.x,
+                use.contraction.inputs,
+                use.contraction.free,
+                use.index,
+                use.routing and (use.routing.index, use.routing.letters, use.routing.y),
+            )
+            for use in site.uses
         )
         for site in sites
     }
@@ -317,12 +325,22 @@ class _Collector(fx.Interpreter):
         self.names = {key: point.sites[0] for key, point in points.items()}
         for key, point in points.items():
             for use in point.uses:
-                self.wanted.setdefault(use.x, []).append((use, key))
+                # Which rows an expert sees may be known only when its product is computed.
+                place = use.x if use.routing is None else use.product
+                self.wanted.setdefault(place, []).append((use, key))
+        self.routes: dict[fx.Node, Tensor | None] = {
+            use.routing.index: None for point in points.values() for use in point.uses if use.routing is not None
+        }
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        if n in self.routes:
+            self.routes[n] = value
         for use, key in self.wanted.get(n, ()):
-            vectors = use.contraction.arrange(value, use.index)
+            if use.routing is None:
+                vectors = use.contraction.arrange(value, use.index)
+            else:
+                vectors = _routed(use, self.env[use.x], self.routes[use.routing.index])
             if not bool(torch.isfinite(vectors).all()):
                 raise CalibrationError(
                     f"calibration: what flows into {self.names[key]} is not finite in this batch; check the batch for NaN or "
@@ -330,6 +348,29 @@ class _Collector(fx.Interpreter):
                 )
             self.running[key].add(vectors)
         return value
+
+
+def _routed(use: Use, x: Tensor, route: Tensor | None) -> Tensor:
+    """The vectors that an expert multiplies."""
+    routing, contraction = use.routing, use.contraction
+    assert routing is not None
+    assert route is not None
+    if routing.kind == "grouped":
+        ends = [0, *route.tolist()]
+        return x[ends[use.index or 0] : ends[(use.index or 0) + 1]]
+    vectors = contraction.arrange(x)  # (free..., in_features); those rows count that one of their numbers sends here
+    mine: Tensor = route.remainder(routing.count).eq(use.index or 0)
+    letters = routing.letters
+    for d in routing.letters:
+        if d not in contraction.free:
+            mine, letters = mine.any(letters.index(d)), letters.replace(d, "")
+    mine = mine.permute(sorted(range(len(letters)), key=lambda k: contraction.free.index(letters[k])))
+    for i, d in enumerate(contraction.free):
+        if d not in letters:
+            mine = mine.unsqueeze(i)
+        elif vectors.shape[i] == 1:
+            mine = mine.any(i, keepdim=True)
+    return vectors[mine.expand(vectors.shape[:-1])]
 
 
 def _leaves(program: Program, batch: Any, number: int) -> list[Any]:

@@ -392,13 +392,15 @@ def _measured(target: Target, forms: list[Form], cache: OperatorCache, spare: in
 def _measure(target: Target, form: Form, cache: OperatorCache) -> Entry:
     matrix = target.matrix
     fitted = cache.fit(matrix, form, target.stats, where=target.name)
+    # A rewritten expert is computed on every row, not only on those that are sent to it: of E experts, one row in E.
+    rows = max((use.routing.count for use in target.site.uses if use.routing is not None), default=1)
     return Entry(
         name=target.name,
         form=form,
         bytes_before=matrix.nbytes,
         bytes_after=fitted.operator.nbytes,
         flops_before=2 * matrix.shape[0] * matrix.shape[1],
-        flops_after=fitted.operator.cost(1).flops,
+        flops_after=fitted.operator.cost(1).flops * rows,
         predicted_error=fitted.predicted_error,
         predicted_weight_error=fitted.weight_error,
     )

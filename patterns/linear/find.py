@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, fx
 
 from recast.patterns.constants import Constants
+from recast.patterns.linear.naming import site_name
 from recast.patterns.linear.packing import packed_parts, size_hint
+from recast.patterns.linear.routed import is_grouped
 from recast.patterns.linear.spellings import einsum_letters, spell
 from recast.patterns.program import Program, get_by_path
-from recast.patterns.sites import LinearSite, Mismatch, Use, source_line
+from recast.patterns.sites import LinearSite, Mismatch, Part, Use, source_line
 
 __all__ = ["Matrix", "find_linear", "matrix_of", "product_flops"]
 
@@ -42,7 +44,8 @@ def find_linear(program: Program, constants: Constants | None = None) -> tuple[l
         elif found is not None:
             missed.append(_mismatch(node, found, constants))
     names: dict[str, int] = {}
-    sites = [_site(uses, constants, names) for uses in grouped.values()]
+    parts: dict[Any, tuple[Part, ...]] = {}
+    sites = [_site(uses, constants, names, parts) for uses in grouped.values()]
     return _mark_tied(sites, program, constants), missed
 
 
@@ -122,12 +125,14 @@ def matrix_of(use: Use, constants: Constants) -> Matrix:
 
 def _as_matrix(value: Tensor, use: Use) -> Tensor:
     contraction = use.contraction
+    if use.routing is not None:
+        value = value.select(0, use.index or 0)
     value = value.reshape(use.weight_shape).permute(contraction.matrix_order())
     sizes = dict(zip(contraction.w, use.weight_shape, strict=True))
     out_features = math.prod(sizes[d] for d in contraction.outputs)
     in_features = math.prod(sizes[d] for d in contraction.inputs)
     matrices: Tensor = value.reshape(-1, out_features, in_features)
-    return matrices[use.index or 0]
+    return matrices[0 if use.routing is not None else use.index or 0]
 
 
 def product_flops(node: fx.Node) -> int:
@@ -144,6 +149,8 @@ def product_flops(node: fx.Node) -> int:
         return 2 * out * _sizes(args[0])[-1]
     if target in (aten.addmm.default, aten.baddbmm.default):
         return 2 * out * _sizes(args[1])[-1]
+    if is_grouped(target):
+        return 2 * out * _sizes(args[0])[-1]
     if target is aten.einsum.default:
         shapes = [_sizes(a) for a in args[1]]  # type: ignore[union-attr]
         terms = einsum_letters(str(args[0]), tuple(map(len, shapes)))
@@ -164,7 +171,7 @@ def _sizes(operand: Any) -> list[int]:
 
 def _with_following_bias(use: Use, constants: Constants) -> Use:
     """Take in an addition of a constant vector that follows: ``mm + add`` is a linear with bias."""
-    if use.bias is not None or use.addend is not None or len(use.node.users) != 1:
+    if use.bias is not None or use.addend is not None or use.routing is not None or len(use.node.users) != 1:
         return use
     (follower,) = use.node.users
     if follower.target is not aten.add.Tensor or follower.kwargs.get("alpha", 1) != 1:
@@ -186,12 +193,9 @@ def _with_following_bias(use: Use, constants: Constants) -> Use:
 
 
 def _single_matrices(use: Use) -> list[Use]:
-    batch = use.contraction.batch
-    if not batch:
+    if use.routing is None and not use.contraction.batch:
         return [use]
-    sizes = dict(zip(use.contraction.w, use.weight_shape, strict=True))
-    count = math.prod(sizes[d] for d in batch)
-    return [dataclasses.replace(use, index=i) for i in range(count)]
+    return [dataclasses.replace(use, index=i) for i in range(_matrices(use))]
 
 
 def _weights(node: fx.Node) -> list[fx.Node]:
@@ -207,13 +211,13 @@ def _expression(node: fx.Node) -> str:
     return f"{node.target}{arguments}"
 
 
-def _site(uses: list[Use], constants: Constants, names: dict[str, int]) -> LinearSite:
+def _site(
+    uses: list[Use], constants: Constants, names: dict[str, int], parts: dict[Any, tuple[Part, ...]]
+) -> LinearSite:
     first = uses[0]
     weights = constants.sources[first.weight]
     matrix = matrix_of(first, constants)
-    name = weights[0].removesuffix(".weight") if weights[0] != "weight" else "weight"
-    if first.index is not None:
-        name = f"{name}.{first.index}"
+    name = site_name(first, weights[0])
     names[name] = names.get(name, 0) + 1
     if names[name] > 1:  # the same parameter used as another matrix, a transpose for instance
         name = f"{name}#{names[name]}"
@@ -226,21 +230,27 @@ def _site(uses: list[Use], constants: Constants, names: dict[str, int]) -> Linea
         dtype=matrix.dtype,
         uses=tuple(uses),
         spelling=str(getattr(first.product.target, "_opname", first.product.target)),
-        parts=_common_parts(uses, name),
+        parts=_common_parts(uses, name, parts),
         flops=flops,
         where=source_line(first.product),
     )
 
 
 def _matrices(use: Use) -> int:
-    if use.index is None:
-        return 1
+    if use.routing is not None:
+        return use.routing.count
     sizes = dict(zip(use.contraction.w, use.weight_shape, strict=True))
     return math.prod(sizes[d] for d in use.contraction.batch)
 
 
-def _common_parts(uses: list[Use], name: str) -> tuple[Any, ...]:
-    found = [packed_parts(use, name) for use in uses]
+def _common_parts(uses: list[Use], name: str, known: dict[Any, tuple[Part, ...]]) -> tuple[Part, ...]:
+    found = []
+    for use in uses:
+        # All matrices of a batched weight are taken apart alike: looked at once.
+        place = (use.product, use.node, use.contraction, name.rsplit(".", 1)[-1] if use.index is None else None)
+        if place not in known:
+            known[place] = packed_parts(use, name)
+        found.append(known[place])
     return found[0] if all(p == found[0] for p in found) else ()
 
 
@@ -248,8 +258,11 @@ def _mark_tied(sites: list[LinearSite], program: Program, constants: Constants) 
     """Note on each site what else reads its parameters, such as an embedding lookup."""
     products = {use.product for site in sites for use in site.uses}
     others: dict[str, list[str]] = {}
+    chains = [use.routing.nodes for site in sites for use in site.uses if use.routing is not None]
+    between = {node for chain in dict.fromkeys(chains) for node in chain}
+    between = {node for node in between if all(u in products or u in between for u in node.users)}
     for node in program.graph.nodes:
-        if node.op != "call_function" or node in constants or node in products:
+        if node.op != "call_function" or node in constants or node in products or node in between:
             continue
         for operand in node.all_input_nodes:
             for weight in constants.sources.get(operand, ()):

@@ -26,7 +26,11 @@ _VIEWS = {
     aten._unsafe_view.default,
     aten.contiguous.default,
     aten.clone.default,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.flatten.using_ints,
 }
+_KEEPS = {aten.add.Tensor, aten._to_copy.default, aten.to.dtype}  # a bias, a cast: every value stays in its place
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.split.sizes}
 _TAKES = {aten.slice.Tensor, aten.select.int, aten.narrow.default}
 _LIMIT = 1 << 27  # elements followed; larger examples are left unpacked
@@ -57,7 +61,9 @@ def packed_parts(use: Use, name: str) -> tuple[Part, ...]:
     """
     shape = [size_hint(s) for s in use.node.meta["val"].shape]
     outputs, y = use.contraction.outputs, use.contraction.y
-    if len(outputs) != 1 or use.addend is not None or use.index is not None:
+    if use.routing is not None:  # the result has the rows' letters besides
+        y = use.routing.y
+    if len(outputs) != 1 or use.addend is not None:
         return ()
     axis = y.index(outputs)
     rows = shape[axis]
@@ -70,7 +76,7 @@ def packed_parts(use: Use, name: str) -> tuple[Part, ...]:
     index = (
         torch.arange(rows, dtype=torch.int32).view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
     )
-    pieces = _follow(use.node, index.contiguous(), split=False)
+    pieces = _follow(use.node, index.contiguous())
     if pieces is None or len(pieces) < 2:
         return ()
     sets = [torch.unique(piece) for piece in pieces]
@@ -98,9 +104,10 @@ def rows_read(use: Use, path: Sequence[fx.Node]) -> set[int] | None:
     """
     shape = [size_hint(s) for s in use.node.meta["val"].shape]
     outputs = use.contraction.outputs
-    if len(outputs) != 1 or use.index is not None or math.prod(shape) > _LIMIT:
+    y = use.contraction.y if use.routing is None else use.routing.y
+    if len(outputs) != 1 or math.prod(shape) > _LIMIT:
         return None
-    axis = use.contraction.y.index(outputs)
+    axis = y.index(outputs)
     index = torch.arange(shape[axis], dtype=torch.int32)
     value: Any = index.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape).contiguous()
     for node in path:
@@ -108,6 +115,8 @@ def rows_read(use: Use, path: Sequence[fx.Node]) -> set[int] | None:
             value = value[int(node.args[1])]  # type: ignore[arg-type]
         elif node.target in _VIEWS | _SPLITS | _TAKES:
             value = _run(node, value)
+        elif node.target in _KEEPS and isinstance(value, Tensor) and _same_size(node, value):
+            continue
         else:
             break
     if not isinstance(value, Tensor):
@@ -116,29 +125,34 @@ def rows_read(use: Use, path: Sequence[fx.Node]) -> set[int] | None:
 
 
 def _taken_apart(node: fx.Node) -> bool:
-    """Whether views of a result lead to a split, before anything is computed."""
-    while len(node.users) == 1 and (user := next(iter(node.users))).target in _VIEWS:
-        node = user
-    users = list(node.users)
-    if len(users) == 1 and users[0].target in _SPLITS:
-        return True
-    return len(users) > 1 and all(u.target in _TAKES for u in users)
+    """Whether views of a result lead to splits, before anything is computed."""
+    return bool(node.users) and all(
+        u.target in _TAKES | _SPLITS or (u.target in _VIEWS | _KEEPS and _taken_apart(u)) for u in node.users
+    )
 
 
-def _follow(node: fx.Node, value: Tensor, *, split: bool) -> list[Tensor] | None:
+def _follow(node: fx.Node, value: Tensor) -> list[Tensor] | None:
     """Row numbers in each piece that the result is taken apart into; None if some use takes all of it."""
-    users = [u for u in node.users if u.op == "call_function"]
-    if len(users) != len(node.users):
-        return None
-    if len(users) == 1 and users[0].target in _VIEWS:
-        return _follow(users[0], _run(users[0], value), split=split)
-    if len(users) == 1 and users[0].target in _SPLITS:
-        outputs = _run(users[0], value)
-        taken = {int(u.args[1]) for u in users[0].users if u.target is operator.getitem}  # type: ignore[arg-type]
-        return list(outputs) if taken else None
-    if users and all(u.target in _TAKES for u in users):
-        return [_run(u, value) for u in users]
-    return None
+    pieces: list[Tensor] = []
+    for user in node.users:
+        found: list[Tensor] | None = None
+        if user.target in _VIEWS:
+            found = _follow(user, _run(user, value))
+        elif user.target in _KEEPS and _same_size(user, value):
+            found = _follow(user, value)
+        elif user.target in _SPLITS:
+            taken = any(u.target is operator.getitem for u in user.users)
+            found = list(_run(user, value)) if taken else None
+        elif user.target in _TAKES:
+            found = [_run(user, value)]
+        if found is None:
+            return None
+        pieces += found
+    return pieces or None
+
+
+def _same_size(node: fx.Node, value: Tensor) -> bool:
+    return [size_hint(s) for s in node.meta["val"].shape] == list(value.shape)
 
 
 def _run(node: fx.Node, value: Tensor) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from recast.patterns.constants import Constants
 from recast.patterns.contraction import Contraction
+from recast.patterns.linear.routed import gathered, grouped, is_grouped
 from recast.patterns.sites import Use
 
 __all__ = ["SPELLINGS", "einsum_letters", "is_matrix", "spell"]
@@ -29,9 +30,14 @@ def spell(node: fx.Node, constants: Constants) -> Found | None:
     Use, str or None
         The use; a sentence saying why this product is none; or None if the node is no product at all.
     """
-    if node.op != "call_function" or node.target not in SPELLINGS:
+    if node.op != "call_function":
         return None
-    found = SPELLINGS[node.target](node, constants)
+    if is_grouped(node.target):
+        found = grouped(node, constants)
+    elif node.target in SPELLINGS:
+        found = SPELLINGS[node.target](node, constants)
+    else:
+        return None
     if isinstance(found, Use) and (reason := found.contraction.reason()):
         return reason
     return found
@@ -52,6 +58,9 @@ def _operands(
         return _use(node, left, right, (a, b, y), **extra)
     if left in constants:
         return _use(node, right, left, (b, a, y), **extra)
+    for x, weight, letters in ((left, right, (a, b, y)), (right, left, (b, a, y))):
+        if (found := gathered(node, x, weight, letters, constants)) is not None:
+            return dataclasses.replace(found, **extra) if isinstance(found, Use) else found
     return "both operands are computed: the weight is not constant"
 
 
@@ -75,6 +84,10 @@ def _linear(node: fx.Node, constants: Constants) -> Found:
     x, weight = node.args[0], node.args[1]
     bias = node.args[2] if len(node.args) > 2 else None
     if weight not in constants:
+        rank = _rank(x)  # type: ignore[arg-type]
+        letters = (_LETTERS[: rank - 1] + "y", "zy"[2 - _rank(weight) :], _LETTERS[: rank - 1] + "z")  # type: ignore[arg-type]
+        if (found := gathered(node, x, weight, letters, constants)) is not None:
+            return found if isinstance(found, str) else dataclasses.replace(found, addend=bias)  # type: ignore[arg-type]
         return "the weight of this linear is computed, not constant"
     if x in constants:
         return "both operands are constant: a product of weights, not with activations"
