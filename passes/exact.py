@@ -85,6 +85,7 @@ class Edit:
         self._made: dict[str, set[fx.Node]] = {}
         self._named: dict[tuple[str, Derivation], str] = {}
         self._formulas: dict[str, Derivation] = {}
+        self._replaced: dict[fx.Node, fx.Node] = {}
 
     # ------------------------------------------------------------------ telling
 
@@ -238,11 +239,20 @@ class Edit:
             own = {use.product, use.node}
             free = tuple(n for n in old if all(r in own for r in self.readers[n]))
             b = self.weight(free[0] if free else f"{site.name}.bias", bias, dtype, free)
-        return call(self.graph, aten.linear.default, x, w, *(() if b is None else (b,)), like=use.product)
+        return call(self.graph, aten.linear.default, self.now(x), w, *(() if b is None else (b,)), like=use.product)
+
+    def now(self, node: fx.Node) -> fx.Node:
+        """What stands for a value of the program as it was."""
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Let everything that read one value read another."""
-        old.replace_all_uses_with(new)
+        """Let everything that read one value read another, or what stands for that."""
+        new = self.now(new)
+        if new is not old:
+            old.replace_all_uses_with(new)
+            self._replaced[old] = new
 
     def finish(self) -> Program:
         """Clean up and give the changed program."""

@@ -18,7 +18,10 @@ from recast.patterns.program import Program
 
 __all__ = ["DEFAULT", "Simplification", "Step", "simplify"]
 
-DEFAULT = "merge_linears"
+DEFAULT = (
+    "common_subexpressions,remove_idle,fold_adapters,fold_batch_norm,fold_norm_scale,fold_scale,drop_softmax_constant,"
+    "multiply_adjacent,merge_linears"
+)
 
 
 @dataclasses.dataclass(frozen=True)

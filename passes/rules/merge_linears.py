@@ -100,7 +100,7 @@ def _merge(edit: Edit, group: list[Product]) -> None:
     with edit.graph.inserting_before(first):
         w = edit.weight(f"{name}.weight", matrix, like, weights)
         b = None if bias is None else edit.weight(f"{name}.bias", bias, like)
-        y = call(edit.graph, aten.linear.default, uses[0].x, w, *(() if b is None else (b,)), like=first)
+        y = call(edit.graph, aten.linear.default, edit.now(uses[0].x), w, *(() if b is None else (b,)), like=first)
         sizes = [s.out_features for s, _ in group]
         split = call(edit.graph, aten.split_with_sizes.default, y, sizes, -1, like=first)
         pieces = [call(edit.graph, operator.getitem, split, i, like=u.product) for i, u in enumerate(uses)]

@@ -82,7 +82,7 @@ def _split(edit: Edit, site: LinearSite, use: Use, chain: list[fx.Node], names: 
             name = names[i] if len(names) == len(numbers) else f"{site.name}.{i}"
             w = edit.weight(f"{name}.weight", matrix.rows(span), like)
             b = () if bias is None else (edit.weight(f"{name}.bias", bias.rows(span), like),)
-            y = call(graph, aten.linear.default, use.x, w, *b, like=use.product)
+            y = call(graph, aten.linear.default, edit.now(use.x), w, *b, like=use.product)
             results[i] = y
     with graph.inserting_before(split):
         for i, y in results.items():

@@ -81,6 +81,23 @@ def test_gate_and_up(accept: bool) -> None:
     golden("merge_linears_gate_up", before, after, accept)
 
 
+class Stacked(nn.Module):
+    """A pair that reads one of a pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(x) * self.c(y) + self.d(y)
+
+
+def test_pairs_behind_each_other() -> None:
+    _, after = simplified(randomise(Stacked()), inputs(), "merge_linears")
+    assert done(after) == ["a + b -> a_b", "c + d -> c_d"]
+
+
 class Packed(nn.Module):
     """One linear, viewed, then split unevenly."""
 
