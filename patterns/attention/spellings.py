@@ -51,8 +51,16 @@ _ADD = frozenset({aten.add.Tensor, aten.add.Scalar})
 _SUBTRACT = frozenset({aten.sub.Tensor, aten.sub.Scalar})
 _FILL = frozenset({aten.masked_fill.Scalar, aten.masked_fill.Tensor})
 _WHERE = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf})
-_BOUND = frozenset({aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.maximum.default,
-                    aten.nan_to_num.default})  # fmt: skip
+_BOUND = frozenset(
+    {
+        aten.clamp.default,
+        aten.clamp_min.default,
+        aten.clamp_max.default,
+        aten.maximum.default,
+        aten.max.other,
+        aten.nan_to_num.default,
+    }
+)
 _TAKE = frozenset({aten.slice.Tensor, aten.narrow.default})
 _DROPOUT = frozenset({aten.dropout.default, aten.native_dropout.default})
 ELEMENTWISE = _MULTIPLY | _DIVIDE | _ADD | _SUBTRACT | _FILL | _WHERE | _BOUND | {aten.tanh.default}
