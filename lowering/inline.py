@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from recast.passes.dialect import inline_dialect
 from recast.passes.forms.operator import Operator
 from recast.passes.meta import fake_mode_of
 from recast.passes.module import OperatorModule
@@ -29,7 +30,7 @@ def inline_operators(program: Program, choose: Choose) -> tuple[Program, dict[st
     Parameters
     ----------
     program
-        A rewritten program; not changed.
+        A rewritten program; not changed. Operations of the dialect in it are traced away.
     choose
         Picks the kernel of each operator.
 
@@ -39,7 +40,8 @@ def inline_operators(program: Program, choose: Choose) -> tuple[Program, dict[st
         A program without operator nodes, and the kernel of each site. Tensors of operators are buffers named
         ``recast_operators.<site>.<tensor>``, so that caches of compiled code are keyed by their shapes and not by their values.
     """
-    result = program.copy()
+    flat = inline_dialect(program)
+    result = program.copy() if flat is program else flat
     graph = result.graph
     mode = fake_mode_of(result)
     kernels: dict[str, str] = {}

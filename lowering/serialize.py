@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from recast.lowering.spec import decode_spec, encode_spec
+from recast.passes.dialect import inline_dialect
 from recast.passes.forms.operator import Operator
 from recast.passes.meta import propagate
 from recast.passes.module import OperatorModule
@@ -47,7 +48,8 @@ _PATH = re.compile(r"[^\x00-\x1f\x7f\"'\\\\]+")  # names go into the text of gen
 
 
 def program_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Describe a program: JSON-able structure, and tensors by name."""
+    """Describe a program: JSON-able structure, and tensors by name. Operations of the dialect are traced away before."""
+    program = inline_dialect(program)
     tensors: dict[str, Tensor] = {}
     layouts: dict[str, Any] = {}
     operators: dict[str, Any] = {}

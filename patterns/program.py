@@ -252,7 +252,7 @@ class Program:
         digest = hashlib.sha256()
         for node in self.graph.nodes:
             if node.op == "call_function":
-                digest.update(str(node.target).encode())
+                digest.update(_operation_name(node.target).encode())
         for name, weight in sorted(self.weights.items()):
             digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
             if weight.untyped_storage().nbytes():  # released weights are known by name and shape only
@@ -283,6 +283,11 @@ class Program:
 
     def __repr__(self) -> str:
         return f"<Program {self.label}: {len(self.graph.nodes)} nodes, {len(self.weights)} weights, door {self.door}>"
+
+
+def _operation_name(target: Any) -> str:
+    """The same in every process: the text of a plain function would tell where it lies in memory."""
+    return f"{target.__module__}.{target.__qualname__}" if hasattr(target, "__code__") else str(target)
 
 
 def fixed_size(size: Any) -> int | None:

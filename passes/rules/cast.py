@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from recast.passes.base import Context, Pass, Soundness
+from recast.passes.dialect import inline_dialect
 from recast.passes.meta import Evaluator
 from recast.passes.module import OperatorModule
 from recast.passes.recipe import COMPUTE_DTYPES
@@ -69,7 +70,8 @@ class Cast(Pass):
             raise PlanError(f"cast: dtype '{self.dtype}' is unknown; {nearest(str(self.dtype), COMPUTE_DTYPES)}")
 
     def run(self, program: Program, context: Context) -> Program:
-        """Cast a copy of the program."""
+        """Cast a copy of the program, spelled in ATen operations."""
+        program = inline_dialect(program)
         wanted, main = COMPUTE_DTYPES[self.dtype], main_dtype(program)
         result = program.copy()
         if main == wanted:

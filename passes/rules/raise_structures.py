@@ -71,10 +71,13 @@ def raise_program(program: Program, kinds: Collection[str] | None = None) -> Pro
 
 def _raised(program: Program, kinds: frozenset[str] | None) -> tuple[Program, Counter[str]]:
     result = program.copy()
-    emitters = {(rule.kind, rule.name): rule.emit for rule in rules() if rule.emit is not None}
+    # Kinds that come later are of no use; those that come before are: attention knows the norms it reads.
+    last = max((rule.order for rule in rules() if kinds is None or rule.kind in kinds), default=-1)
+    tried = [rule for rule in rules() if rule.order <= last]
+    emitters = {(rule.kind, rule.name): rule.emit for rule in tried if rule.emit is not None}
     replaced: dict[fx.Node, fx.Node] = {}
     raised: Counter[str] = Counter()
-    for site in recognise(result).sites:
+    for site in recognise(result, only=tried).sites:
         emit = emitters.get((site.kind, getattr(site, "pattern", "")))
         if emit is None or (kinds is not None and site.kind not in kinds):
             continue

@@ -1,4 +1,4 @@
-"""Trace operations of the dialect away: targets and files know ATen operations only."""
+"""Trace operations of the dialect away: targets, files and some passes know ATen operations only."""
 
 from __future__ import annotations
 
