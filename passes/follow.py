@@ -43,7 +43,7 @@ _RESHAPES = {
 _COPIES = {aten.clone.default, aten.contiguous.default, aten.alias.default}
 _TAKES = {aten.slice.Tensor: 1, aten.select.int: 1, aten.narrow.default: 1}
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.unbind.int}
-_CASTS = {aten._to_copy.default, aten.to.dtype}
+_CASTS = {aten._to_copy.default, aten.to.dtype, aten.type_as.default}
 _TURNS = {aten.permute.default, aten.transpose.int, aten.t.default}
 _MOVES = _RESHAPES | _COPIES | set(_TAKES) | _SPLITS | _TURNS | {aten.expand.default}
 

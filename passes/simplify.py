@@ -132,11 +132,13 @@ def simplify(
     current, done = program, list[Step]()
     for step in pipeline.passes:
         following = step.run(current, context)
-        checked: dict[str, Any] = {"verified": False}
-        if verification:
-            checked = verify(current, following, step, [s.name for s in done], context)
         note = context.notes.get(str(step))
         note = note if isinstance(note, Note) else Note([str(note)] if note else [])
+        checked: dict[str, Any] = {"verified": False}
+        if not note.done:
+            checked, following = {"verified": verification, "unchanged": True}, current
+        elif verification:
+            checked = verify(current, following, step, [s.name for s in done], context)
         done.append(Step(str(step), (type(step).__doc__ or "").strip().splitlines()[0], note, checked))
         current = following
     if current is program:

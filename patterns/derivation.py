@@ -62,7 +62,8 @@ class Derivation:
     def cat(*pieces: Derivation) -> Derivation:
         """Pieces below each other; neighbouring rows of the same matrix become one piece again."""
         joined: list[Derivation] = []
-        for piece in pieces:
+        flat = [p for piece in pieces for p in (piece.operands if piece.op == "cat" else (piece,))]
+        for piece in flat:
             before = joined[-1] if joined else None
             if before is not None and "rows" == before.op == piece.op and before.operands == piece.operands:
                 joined[-1] = before.operands[0].rows(*before.options, *piece.options)

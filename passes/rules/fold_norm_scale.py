@@ -60,7 +60,7 @@ def _readers(edit: Edit, affine: Affine) -> list[tuple[LinearSite, Use]] | str:
         if reader.op == "output":
             return "the program gives it back as a result"
         if entered is None:
-            return f"'{reader.name}' reads it too, which is no linear over its last dimension"
+            return f"'{reader.name}' reads it, which is no linear over its last dimension"
         if reason := edit.plain(entered[1]):
             return f"'{entered[0].name}' reads it: {reason}"
         found.append(entered)

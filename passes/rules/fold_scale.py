@@ -62,10 +62,13 @@ class FoldScale(ExactPass):
                 continue
             if not _same_type(node, start):
                 continue
+            if any(user.target is aten.tanh.default for user in node.users):
+                edit.refuse(node.name, "it is one half of a soft cap, which would not be known as one any more", node)
+                continue
             cone = _Cone()
             if not _push(edit, start, cone) or not _closed(edit, cone, node):
                 # A factor anywhere in a model is no chance missed; one of an attention is.
-                if cone.reached or _near_product(node):
+                if _near_product(node):
                     edit.refuse(node.name, cone.reason, node)
                 continue
             names = {site.name for site, _ in cone.leaves.values()}

@@ -30,14 +30,17 @@ class MergeLinears(ExactPass):
     ----------
     most
         Linears merged into one, at most: a dense mixture of experts reads one value with hundreds, and is left alone.
+    across
+        Merge linears of different modules too, as attention and MLP beside each other; by default those of one module.
     """
 
     name: ClassVar[str] = "merge_linears"
     most: int = 8
+    across: bool = False
 
     def apply(self, edit: Edit) -> None:
         """Merge every group of linears whose weights serve this group only."""
-        groups = [group for group in _groups(edit) if len(group) > 1]
+        groups = [group for group in _groups(edit, self.across) if len(group) > 1]
         where: dict[str, set[tuple[str, ...]]] = {}
         for group in groups:
             for site, _ in group:
@@ -72,12 +75,13 @@ class MergeLinears(ExactPass):
         return None
 
 
-def _groups(edit: Edit) -> list[list[Product]]:
-    found: dict[tuple[fx.Node, torch.dtype], list[Product]] = {}
+def _groups(edit: Edit, across: bool) -> list[list[Product]]:
+    found: dict[tuple[fx.Node, torch.dtype, str], list[Product]] = {}
     for site in edit.sites:
         for use in site.uses:
             if edit.plain(use) is None:
-                found.setdefault((use.x, site.dtype), []).append((site, use))
+                module = "" if across else site.name.rpartition(".")[0]
+                found.setdefault((use.x, site.dtype, module), []).append((site, use))
     return list(found.values())
 
 

@@ -63,7 +63,7 @@ def _source(node: fx.Node) -> fx.Node | None:
         return first
     if node.target is aten.clone.default:  # eval-mode dropout is traced as a copy
         return first if _owns_memory(first) and not node.kwargs.get("memory_format") else None
-    if node.target in (aten._to_copy.default, aten.to.dtype):
+    if node.target in (aten._to_copy.default, aten.to.dtype, aten.type_as.default):
         return first if set(node.kwargs) <= {"dtype"} and len(args) <= 2 else None
     if node.target is aten.dropout.default:
         return first if args[2] is False or args[1] == 0 else None

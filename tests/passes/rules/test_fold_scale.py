@@ -147,3 +147,18 @@ def test_on_the_linear_itself() -> None:
     _, after = simplified(randomise(Direct()), inputs(), "fold_scale")
     assert done(after) == ["0.5 -> a", "3 -> b"]
     assert "mul" not in str(after)
+
+
+class Capped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(torch.tanh(self.q(x) @ self.k(x).transpose(1, 2) * 0.25 / 30) * 30, -1) @ x
+
+
+def test_a_soft_cap_stays_whole() -> None:
+    _, after = simplified(randomise(Capped()), inputs(), "fold_scale")
+    assert done(after) == ["0.25 -> q"]
+    assert "one half of a soft cap" in reasons(after)

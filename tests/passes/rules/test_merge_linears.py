@@ -176,6 +176,24 @@ def test_many_linears_stay_unless_asked_for() -> None:
     assert len(done(after)) == 1
 
 
+class Parallel(nn.Module):
+    """Attention and MLP beside each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(), Gated()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x) + self.mlp(x)
+
+
+def test_modules_stay_apart_unless_asked_for() -> None:
+    _, after = simplified(randomise(Parallel()), inputs(), "merge_linears")
+    assert len(done(after)) == 2
+    _, after = simplified(randomise(Parallel()), inputs(), "merge_linears{across=True}")
+    assert len(done(after)) == 1
+
+
 def test_other_inputs_stay_apart() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
