@@ -1,7 +1,7 @@
 """What normalisations look like: as one operation of torch, and written out."""
 
-from recast.patterns.norm import layer, operations, rms
+from recast.patterns.norm import frozen, layer, operations, rms
 
 __all__ = ["RULES"]
 
-RULES = (*operations.RULES, *layer.RULES, *rms.RULES)
+RULES = (*operations.RULES, *frozen.RULES, *layer.RULES, *rms.RULES)

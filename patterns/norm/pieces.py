@@ -25,6 +25,7 @@ __all__ = [
     "affine",
     "cast",
     "computed",
+    "has_constant",
     "mean",
     "mean_square",
     "normalised",
@@ -160,9 +161,9 @@ def suspicious(node: fx.Node, around: Surroundings) -> bool:
 def affine(normal: Pattern) -> Pattern:
     """What may follow: a weight, a bias, a cast back to the dtype of x."""
     seen = Through(normal, VIEWS | CASTS | COPIES)
-    scaled = Call.of(MUL, Weight("weight"), seen, commutes=True, name="scaled", where=_has_constant)
+    scaled = Call.of(MUL, Weight("weight"), seen, commutes=True, name="scaled", where=has_constant)
     biased = Call.of(
-        ADD, Weight("bias"), cast(Either.of(scaled, normal)), commutes=True, name="biased", where=_has_constant
+        ADD, Weight("bias"), cast(Either.of(scaled, normal)), commutes=True, name="biased", where=has_constant
     )
     return Either.of(
         Call.of(list(CASTS), Either.of(biased, scaled, normal), where=_rounds),
@@ -198,7 +199,8 @@ def _leads_to_root(node: fx.Node) -> bool:
     return False
 
 
-def _has_constant(node: fx.Node, scope: Scope) -> bool:
+def has_constant(node: fx.Node, scope: Scope) -> bool:
+    """Whether an operand is a constant: most sums and products have none, and need no closer look."""
     return any(isinstance(a, fx.Node) and a in scope.constants for a in node.args[:2])
 
 
@@ -211,6 +213,7 @@ def _rounds(node: fx.Node, scope: Scope) -> bool:
     return (
         isinstance(before, Tensor)
         and isinstance(after, Tensor)
+        and before.is_floating_point()
         and after.is_floating_point()
         and torch.finfo(after.dtype).bits < torch.finfo(before.dtype).bits
     )

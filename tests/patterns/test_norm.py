@@ -237,7 +237,7 @@ def test_spelling(expected: Expected, dtype: torch.dtype) -> None:
     for name, value in expected.facts.items():
         assert getattr(site, name) == value, name
     bound = exact_bound(coarsest_dtype(program))  # some spellings narrow float64 themselves
-    raised = raise_program(program)
+    raised = raise_program(program, ("norm",))
     called = [
         n.target.__name__ for n in raised.graph.nodes if n.op == "call_function" and hasattr(n.target, "__code__")
     ]
@@ -332,7 +332,7 @@ def test_value_used_outside() -> None:
     program, recognition = found(model, torch.randn(2, 5, D))
     assert len(norms(recognition)) == 1
     x = torch.randn(3, HEADS, D)
-    for wanted, got in zip(model(x), raise_program(program)(x), strict=True):
+    for wanted, got in zip(model(x), raise_program(program, ("norm",))(x), strict=True):
         assert fidelity(wanted, got)["relative_error"] <= exact_bound(torch.float32)
 
 
@@ -347,7 +347,7 @@ def test_weight_of_each_head() -> None:
     (site,) = norms(recognition)
     assert (site.weights, site.features) == (("weight",), D // HEADS)
     x = torch.randn(3, HEADS, D)
-    assert fidelity(model(x), raise_program(program)(x))["relative_error"] <= exact_bound(torch.float32)
+    assert fidelity(model(x), raise_program(program, ("norm",))(x))["relative_error"] <= exact_bound(torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,30 @@ def test_images(module: nn.Module, flavour: str, facts: dict[str, Any]) -> None:
     assert site.flavour == flavour
     assert {name: getattr(site, name) for name in facts} == facts
     x = torch.randn(3, 6, 5, 5)
-    assert fidelity(model(x), raise_program(program)(x))["relative_error"] <= exact_bound(torch.float32)
+    assert fidelity(model(x), raise_program(program, ("norm",))(x))["relative_error"] <= exact_bound(torch.float32)
+
+
+def test_frozen_batch_norm() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(name, torch.rand(6) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight, bias, mean, variance = (
+                t.reshape(1, -1, 1, 1) for t in (self.weight, self.bias, self.running_mean, self.running_var)
+            )
+            scale = weight * (variance + EPS).rsqrt()
+            return x * scale + (bias - mean * scale)
+
+    model = Frozen().eval()
+    program, recognition = found(model, torch.randn(2, 6, 5, 5))
+    (site,) = norms(recognition)
+    assert (site.flavour, site.eps, site.features) == ("batch", EPS, 6)
+    assert site.weights == ("weight", "bias", "running_mean", "running_var")
+    x = torch.randn(3, 6, 5, 5)
+    assert fidelity(model(x), raise_program(program, ("norm",))(x))["relative_error"] <= exact_bound(torch.float32)
 
 
 def test_names_are_of_modules_and_their_own() -> None:
