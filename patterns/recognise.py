@@ -83,7 +83,7 @@ def _kind(
                 taken = [n for n in match.nodes if n in owner]
                 site = rule.build(match, around) if not taken else f"'{taken[0].name}' is part of another match"
                 if not isinstance(site, str):
-                    owner.update(dict.fromkeys(match.nodes, match))
+                    owner.update(dict.fromkeys((*match.nodes, *getattr(site, "nodes", ())), match))
                     found.append((position[root], site))
                     continue
                 _note(failed, match.nodes, rule, (_WHOLE + len(match.nodes), rule, site, root))

@@ -36,6 +36,8 @@ class Surroundings:
         Linear sites by name.
     sites
         Sites recognised so far, other than linear ones.
+    position
+        Of every value in the graph.
     """
 
     def __init__(self, scope: Scope, linear: Iterable[LinearSite]) -> None:
@@ -47,10 +49,20 @@ class Surroundings:
             for use in site.uses:
                 for node in {use.node, use.product}:
                     self._products.setdefault(node, []).append((site, use))
+        self.position = {node: i for i, node in enumerate(scope.program.graph.nodes)}
+        self._parts: dict[tuple[str, fx.Node], Site] = {}
+        self._seen = 0
 
     def products(self, node: fx.Node) -> list[tuple[LinearSite, Use]]:
         """Linear sites of which a value is the product (several for a batched weight); empty if it is none."""
         return self._products.get(node, [])
+
+    def part_of(self, kind: str, node: fx.Node) -> Site | None:
+        """The site of a kind that a value is part of, of those recognised so far."""
+        for site in self.sites[self._seen :]:
+            self._parts.update({(site.kind, n): site for n in getattr(site, "nodes", ())})
+        self._seen = len(self.sites)
+        return self._parts.get((kind, node))
 
 
 Build = Callable[[Match, Surroundings], "Site | str"]

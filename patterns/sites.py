@@ -480,10 +480,20 @@ class MoESite(_Structure):
         ``softmax``, ``sigmoid`` or ``none``.
     renormalised
         Whether the chosen weights are made to sum to one.
+    corrected
+        Whether a learned bias takes part in the choice.
+    groups
+        Groups of experts, of which some are chosen first; 0 if not.
+    scale
+        Factor of the chosen weights.
     dispatch
         How tokens reach experts: ``bmm``, ``grouped_mm``, ``loop``, ``einsum``, ``one_hot``.
+    activation
+        Of the experts.
     x
         What is routed.
+    notes
+        What is unusual, in words.
     """
 
     kind: ClassVar[str] = "moe"
@@ -493,8 +503,13 @@ class MoESite(_Structure):
     top_k: int = 0
     scoring: str = "softmax"
     renormalised: bool = False
+    corrected: bool = False
+    groups: int = 0
+    scale: float = 1.0
     dispatch: str = "loop"
+    activation: str = ""
     x: fx.Node | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,8 +37,10 @@ _LIMIT = 1 << 27  # elements followed; larger examples are left unpacked
 
 
 def size_hint(size: Any) -> int:
-    """Size in the captured example."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    """Size in the captured example; 1 where it depends on values there (how many tokens an expert gets)."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return int(size.node.hint) if size.node.hint is not None else 1
 
 
 def packed_parts(use: Use, name: str) -> tuple[Part, ...]:
@@ -76,7 +78,10 @@ def packed_parts(use: Use, name: str) -> tuple[Part, ...]:
     index = (
         torch.arange(rows, dtype=torch.int32).view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
     )
-    pieces = _follow(use.node, index.contiguous())
+    try:
+        pieces = _follow(use.node, index.contiguous())
+    except RuntimeError:  # views of sizes that only values tell
+        return ()
     if pieces is None or len(pieces) < 2:
         return ()
     sets = [torch.unique(piece) for piece in pieces]

@@ -1,0 +1,80 @@
+"""Mixtures of experts: a router, a choice among its scores, and experts that the chosen tokens visit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from recast.patterns.language import Call, Match, Scope
+from recast.patterns.mlp import common_name
+from recast.patterns.moe.experts import read_experts, read_tokens
+from recast.patterns.moe.routing import CHOICES, read_router
+from recast.patterns.rules import Rule, Surroundings
+from recast.patterns.sites import MoESite, Piece, source_line
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+_ANCHORS = frozenset({aten.topk.default})
+
+
+def _build(match: Match, around: Surroundings) -> MoESite | str:
+    choice = match.root
+    router = read_router(choice, around)
+    if isinstance(router, str):
+        return router
+    tokens = read_tokens(router, around)
+    experts = read_experts(router, tokens, around)
+    if isinstance(experts, str):
+        return experts
+    count, scored = len(experts.by_role), router.site.out_features
+    notes = []
+    if count < 2:
+        return f"one expert ('{next(iter(experts.by_role[0].values())).name}') is no mixture"
+    if count < scored:
+        notes.append(
+            f"the router scores {scored} experts, {count} are in the graph: the others give their input or nothing, or were "
+            "not visited by the captured example"
+        )
+    nodes = sorted({choice, *experts.nodes}, key=around.position.__getitem__)
+    pieces = [piece for roles in experts.by_role for piece in roles.values()]
+    names = [router.site.name, *(piece.site.name for piece in pieces)]
+    return MoESite(
+        name=common_name(names, router.site.name),
+        weights=tuple(dict.fromkeys(w for p in (Piece(router.site), *pieces) for w in p.weights)),
+        router=Piece(router.site),
+        experts=experts.by_role,
+        shared=experts.shared,
+        top_k=router.top_k,
+        scoring=router.scoring,
+        renormalised=router.renormalised,
+        corrected=router.corrected,
+        groups=router.groups,
+        scale=router.scale,
+        dispatch=experts.dispatch,
+        activation=experts.activation,
+        x=tokens.x,
+        notes=tuple(notes),
+        node=nodes[-1],
+        nodes=tuple(nodes),
+        pattern="moe",
+        where=source_line(choice),
+    )
+
+
+def _suspicious(node: fx.Node, around: Surroundings) -> bool:
+    """A choice among as many scores as some linear gives features: among experts, not among positions."""
+    scores = node.args[0]
+    value = scores.meta.get("val") if isinstance(scores, fx.Node) else None
+    if not isinstance(value, Tensor) or not isinstance(value.shape[-1], int):
+        return False
+    return not isinstance(read_router(node, around), str)
+
+
+def _chooses(node: fx.Node, scope: Scope) -> bool:
+    """Whether places are asked for, not only the largest values."""
+    return node.target is not aten.max.dim or any(len(u.args) > 1 and u.args[1] == 1 for u in node.users)
+
+
+RULES = (Rule("moe", "moe", Call(CHOICES, where=_chooses), _build, _ANCHORS, _suspicious, order=40),)
