@@ -122,19 +122,32 @@ class State:
 
 
 class Trail:
-    """The deepest failure of an attempt: how many nodes were taken in, at which value, and why it ended."""
+    """What failed in an attempt: at each value the failure that came deepest, and the deepest of all.
+
+    Attributes
+    ----------
+    depth, node, reason
+        Of the deepest failure: how many nodes were taken in, at which value, and why it ended there.
+    seen
+        Nodes taken in by then.
+    failures
+        ``{value: (depth, reason)}``.
+    """
 
     def __init__(self) -> None:
-        self.depth, self.node, self.reason = -1, None, ""
+        self.depth, self.reason = -1.0, ""
+        self.node: fx.Node | None = None
         self.seen: tuple[fx.Node, ...] = ()
+        self.failures: dict[fx.Node, tuple[float, str]] = {}
 
-    node: fx.Node | None
-
-    def fail(self, state: State, value: Any, reason: str) -> None:
-        """Note a failure, if it is the deepest so far."""
-        if len(state.nodes) > self.depth:
-            self.depth, self.reason, self.seen = len(state.nodes), reason, state.nodes
-            self.node = value if isinstance(value, fx.Node) else (state.nodes[-1] if state.nodes else None)
+    def fail(self, state: State, value: Any, reason: str, *, nearly: bool = False) -> None:
+        """Note a failure; `nearly`: the operation is the right one, its form is not, which tells more."""
+        depth = len(state.nodes) + (0.5 if nearly else 0.0)
+        node = value if isinstance(value, fx.Node) else (state.nodes[-1] if state.nodes else None)
+        if node is not None and depth > self.failures.get(node, (-1.0, ""))[0]:
+            self.failures[node] = (depth, reason)
+        if depth > self.depth:
+            self.depth, self.reason, self.seen, self.node = depth, reason, state.nodes, node
 
 
 class Pattern(abc.ABC):
@@ -269,7 +282,7 @@ class Call(Pattern):
             trail.fail(state, value, f"{_called(value)} is not {_names(self.ops)}")
             return
         if self.where is not None and not self.where(value, scope):
-            trail.fail(state, value, f"{_called(value)} has not the form that is needed")
+            trail.fail(state, value, f"{_called(value)} has not the form that is needed", nearly=True)
             return
         bound = state.take(value).bind(self.name, value)
         if bound is None:

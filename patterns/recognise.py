@@ -69,7 +69,7 @@ def _kind(
     position: dict[fx.Node, int],
 ) -> list[Mismatch]:
     owner: dict[fx.Node, Match] = {}
-    failed: dict[fx.Node, tuple[int, Rule, str, fx.Node]] = {}  # by anchor: how deep, which rule, why, where
+    failed: dict[fx.Node, tuple[float, Rule, str, fx.Node]] = {}  # by anchor: how deep, which rule, why, where
     found: list[tuple[int, Site]] = []
     for rule in tried:
         targets = rule.pattern.targets()
@@ -89,6 +89,8 @@ def _kind(
                 _note(failed, match.nodes, rule, (_WHOLE + len(match.nodes), rule, site, root))
             elif trail.node is not None:
                 _note(failed, trail.seen, rule, (trail.depth, rule, trail.reason, trail.node))
+                for node, (depth, reason) in trail.failures.items():
+                    _note(failed, (node,), rule, (depth, rule, reason, node))
     around.sites += _named_apart([site for _, site in sorted(found, key=lambda item: item[0])], around)
     misses = []
     told: set[tuple[str, str, fx.Node]] = set()
@@ -122,10 +124,10 @@ def _named_apart(sites: Sequence[Site], around: Surroundings) -> list[Site]:
 
 
 def _note(
-    failed: dict[fx.Node, tuple[int, Rule, str, fx.Node]],
+    failed: dict[fx.Node, tuple[float, Rule, str, fx.Node]],
     nodes: Sequence[fx.Node],
     rule: Rule,
-    failure: tuple[int, Rule, str, fx.Node],
+    failure: tuple[float, Rule, str, fx.Node],
 ) -> None:
     for node in nodes:
         if node.target in rule.anchors and (node not in failed or failed[node][0] <= failure[0]):
