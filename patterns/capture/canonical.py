@@ -20,9 +20,10 @@ _DROPOUT = {aten.dropout.default: 2, aten.native_dropout.default: 2, aten.featur
 
 
 def canonicalise(program: Program) -> None:
-    """Inline gradient-mode regions; drop assertions, aliases, no-op casts and eval-mode dropout; remove dead code."""
+    """Inline gradient-mode regions; drop assertions, aliases, no-op casts and eval-mode dropout; settle numbers; remove dead code."""
     inline_regions(program)
     graph = program.graph
+    settle_numbers(graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -34,6 +35,48 @@ def canonicalise(program: Program) -> None:
     graph.eliminate_dead_code(is_impure_node=_impure)
     graph.lint()
     program.module.recompile()
+
+
+def settle_numbers(graph: fx.Graph) -> None:
+    """Write out numbers that are read from tensors made of literals alone, such as those of a loop over ``arange(experts)``."""
+    known: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload | _BUILTINS):
+            continue
+        made = node.target in _MADE if not node.all_input_nodes else all(n in known for n in node.all_input_nodes)
+        if not made or not _small(node) or not _repeatable(node.target):
+            continue
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
+        with torch.no_grad():
+            known[node] = node.target(*args, **(kwargs | {"device": "cpu"} if "device" in kwargs else kwargs))
+    for node, value in reversed(known.items()):
+        if node.target in _READS and isinstance(value, int | float | bool):
+            _write_out(node, value)
+
+
+_MADE = {aten.arange.default, aten.arange.start, aten.arange.start_step, aten.scalar_tensor.default, aten.full.default}
+_READS = {aten.item.default, aten._local_scalar_dense.default}
+_BUILTINS = type(len)
+
+
+def _repeatable(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__name__", "") == "getitem"
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _small(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, tuple | list) else [value]
+    return all(
+        not isinstance(v, Tensor) or (all(isinstance(s, int) for s in v.shape) and v.numel() <= 4096) for v in values
+    )
+
+
+def _write_out(node: fx.Node, value: Any) -> None:
+    for user in list(node.users):
+        user.args = fx.node.map_arg(user.args, lambda n: value if n is node else n)
+        user.kwargs = fx.node.map_arg(user.kwargs, lambda n: value if n is node else n)
 
 
 def _impure(node: fx.Node) -> bool:

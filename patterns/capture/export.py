@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
+import io
+import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from recast.patterns.capture import switches
 from recast.patterns.capture.canonical import canonicalise
+from recast.patterns.capture.switches import Switch
 from recast.patterns.errors import CaptureError
 from recast.patterns.program import Interface, Program, fixed_size, set_by_path
 
@@ -64,46 +69,38 @@ def capture(
         raise CaptureError(
             f"capture: a torch.nn.Module is needed, {type(model).__name__} was given; wrap the function in a module"
         )
-    with _without_cache(model, args, kwargs) as said:
+    given = {*kwargs, *list(inspect.signature(model.forward).parameters)[: len(args)]}
+    asked = "use_cache" in given or any(kwargs.get(k) is not None for k in ("past_key_values", "past_key_value"))
+    with contextlib.ExitStack() as stack:
+        said = [] if asked else stack.enter_context(switches.cache(model))
         exported, notes = _export(model, args, kwargs, dynamic_shapes)
     return from_exported(exported, model, args, kwargs, said + notes)
 
 
-@contextlib.contextmanager
-def _without_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[str]]:
-    """Keep a Hugging Face model from giving back a key-value cache that was not asked for, while it is traced."""
-    parameters = list(inspect.signature(model.forward).parameters)
-    given = {*kwargs, *parameters[: len(args)]}
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    asked = "use_cache" in given or any(kwargs.get(k) is not None for k in ("past_key_values", "past_key_value"))
-    changed = [c for c in configs.values() if getattr(c, "use_cache", None) is True] if not asked else []
-    for config in changed:
-        config.use_cache = False
-    try:
-        yield (
-            ["captured with use_cache=False: no key-value cache is given back (pass use_cache to decide)"]
-            if changed
-            else []
-        )
-    finally:
-        for config in changed:
-            config.use_cache = True
+@dataclasses.dataclass(frozen=True)
+class _Example:
+    """What to trace with, and what is lost by it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: Any
+    note: str = ""
 
 
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> tuple[torch.export.ExportedProgram, list[str]]:
-    attempts: list[tuple[tuple[Any, ...], dict[str, Any], Any, str | None]] = []
+    """Trace in the first way that works: the model as it is, then with more and more of it switched."""
+    example = _Example(args, kwargs, dynamic_shapes)
+    examples = [example]
     if dynamic_shapes is None:
         wide_args, wide_kwargs = _double_single_batch((args, kwargs))
-        attempts.append((wide_args, wide_kwargs, _automatic(model, wide_args, wide_kwargs), None))
         fixed = "captured with the example's shapes only: a dynamic batch or sequence could not be traced"
-        attempts.append((args, kwargs, None, fixed))
-    else:
-        attempts.append((args, kwargs, dynamic_shapes, None))
+        free = _Example(wide_args, wide_kwargs, _automatic(model, wide_args, wide_kwargs))
+        examples = [free, dataclasses.replace(example, note=fixed)]
     same_batch = model.register_forward_pre_hook(_check_batches, with_kwargs=True) if dynamic_shapes is None else None
     try:
-        return _first_that_works(model, attempts)
+        return _first_that_works(model, examples)
     finally:
         if same_batch is not None:
             same_batch.remove()
@@ -121,21 +118,67 @@ def _check_batches(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             first.setdefault(hint, size)
 
 
-def _first_that_works(
-    model: nn.Module, attempts: list[tuple[tuple[Any, ...], dict[str, Any], Any, str | None]]
-) -> tuple[torch.export.ExportedProgram, list[str]]:
-    failure: Exception | None = None
-    for example_args, example_kwargs, shapes, note in attempts:
+_Attempt: TypeAlias = tuple[_Example, tuple[Switch, ...], bool]  # the last: whether values may decide branches
+
+
+def _first_that_works(model: nn.Module, examples: list[_Example]) -> tuple[torch.export.ExportedProgram, list[str]]:
+    first: Exception | None = None
+    always: list[Switch] = [switches.experts]
+    known = switches.is_transformers(model)
+    patched: tuple[Switch, ...] = (switches.export_patches,) if known else ()
+    # The model as it is, with free sizes and then with fixed ones; patched, if it is one that patches are known for.
+    plan: list[_Attempt] = [(example, way, False) for example in examples for way in dict.fromkeys([(), patched])]
+    later: list[_Attempt] = []
+    values = False
+    while plan or later:
+        example, way, draft = (plan or later).pop(0)
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch.export's own deprecations are not the caller's
-                exported = torch.export.export(
-                    model, example_args, example_kwargs, dynamic_shapes=shapes, strict=False
-                ).run_decompositions({})
-            return exported, [note] if note else []
+            return _traced(model, example, [*always, *way], draft=draft)
         except Exception as error:  # noqa: BLE001  # torch raises dozens of classes here; all mean the same to the caller
-            failure = failure or error
-    raise CaptureError(_explain(model, failure)) from failure
+            first, told = first or error, f"{type(error).__name__} {error}"
+            if switches.outputs not in always and ("pytree-flattenable" in told or "register a pytree" in told):
+                always.append(switches.outputs)
+                plan.insert(0, (example, way, draft))
+            elif "DataDependent" in told and not values:
+                values = True  # fixed sizes do not help against values
+                plan = [(examples[0], patched, False)] if known and error is first else []
+                plan += [(e, (*patched, switches.every_expert), False) for e in examples]
+                later = [(examples[-1], patched, True)] if known else []
+            elif error is first and known:
+                later = [(examples[-1], (*patched, switches.attention), False)]
+    raise CaptureError(_explain(model, first)) from first
+
+
+def _traced(
+    model: nn.Module, example: _Example, ways: list[Switch], *, draft: bool
+) -> tuple[torch.export.ExportedProgram, list[str]]:
+    with contextlib.ExitStack() as stack:
+        said = [stack.enter_context(way(model)) for way in ways]
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # torch.export's own deprecations are not the caller's
+        trace: Any = torch.export.draft_export if draft else torch.export.export
+        with _silent():
+            exported = trace(model, example.args, example.kwargs, dynamic_shapes=example.shapes, strict=False)
+        exported = exported.run_decompositions({})
+        notes = [note for notes in said for note in notes]
+    if draft:
+        notes.append(
+            "captured with branches that depend on values taken as the example takes them; other values are refused"
+        )
+    return exported, notes + ([example.note] if example.note else [])
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """A failure is told at length in the log, also where the next way works; what matters comes back as an error or a note."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _automatic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
