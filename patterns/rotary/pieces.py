@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -55,7 +56,8 @@ def range_read(node: fx.Node) -> tuple[fx.Node, int, int, int, tuple[fx.Node, ..
         if not all(isinstance(n, int) for n in numbers):
             return None
         first, last = (min(n + shape[1] if n < 0 else n, shape[1]) for n in numbers[:2])
-        return source, first, last, numbers[2], (node,)
+        source, passed = _unsliced(source)
+        return source, first, last, numbers[2], (*passed, node)
     if node.target is operator.getitem and isinstance(args[0], fx.Node) and isinstance(args[1], int):
         split, index = args
         if split.target not in _SPLITS or not isinstance(split.args[0], fx.Node):
@@ -70,6 +72,17 @@ def range_read(node: fx.Node) -> tuple[fx.Node, int, int, int, tuple[fx.Node, ..
         start = sum(widths[:index])
         return source, start, start + widths[index], 1, (split, node)
     return None
+
+
+def _unsliced(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """What ``x[:]`` is taken of, and the slices passed on the way: each colon of ``x[:, :, ::2]`` leaves one."""
+    passed: tuple[fx.Node, ...] = ()
+    while node.target is aten.slice.Tensor:
+        source, _, start, stop, step = (*_any(node.args), *(None,) * 5)[:5]
+        if start not in (None, 0) or stop not in (None, sys.maxsize) or step not in (None, 1):
+            break
+        node, passed = source, (node, *passed)
+    return node, passed
 
 
 def part_read(node: fx.Node) -> tuple[fx.Node, str, int, tuple[fx.Node, ...]] | None:
