@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from recast.passes.base import Context, Pass, Soundness
+from recast.passes.dead import remove_dead
 from recast.passes.meta import propagate
 from recast.patterns.constants import Constants
 from recast.patterns.derivation import Derivation
@@ -257,7 +258,7 @@ class Edit:
     def finish(self) -> Program:
         """Clean up and give the changed program."""
         program = self.program
-        self.graph.eliminate_dead_code()
+        remove_dead(self.graph)
         for node in self.graph.find_nodes(op="get_attr"):
             if node not in self._made.get(str(node.target), {node}):
                 raise RecastError(

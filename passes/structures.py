@@ -10,12 +10,15 @@ from torch import Tensor, fx
 
 from recast.passes.exact import Edit
 from recast.passes.follow import is_cast
+from recast.patterns.attention.dialect import attention
+from recast.patterns.norm import dialect as norms
 from recast.patterns.program import fixed_size
 
-__all__ = ["Affine", "Core", "affine_of", "arguments", "cores", "number_of"]
+__all__ = ["Affine", "Core", "LayerNorm", "affine_of", "arguments", "cores", "is_norm", "layer_norm_of", "number_of"]
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
+_NORMS = (norms.layer_norm, norms.rms_norm, norms.l2_norm)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -36,11 +39,13 @@ class Affine:
     weight, bias
         Constants, or None.
     kind
-        ``layer_norm``, ``rms_norm``, ``scale`` or ``shift``.
+        ``layer_norm``, ``rms_norm``, ``raised`` (a norm of the dialect), ``scale`` or ``shift``.
     x
         What is normalised, scaled or shifted.
     eps
         Of a norm.
+    offset
+        Added to the weight.
     """
 
     node: fx.Node
@@ -49,6 +54,7 @@ class Affine:
     weight: fx.Node | None = None
     bias: fx.Node | None = None
     eps: float | None = None
+    offset: float = 0.0
 
     def bare(self, graph: fx.Graph) -> fx.Node:
         """Insert the value without weight and bias."""
@@ -57,7 +63,58 @@ class Affine:
             return graph.call_function(aten.layer_norm.default, (self.x, [size], None, None, self.eps))
         if self.kind == "rms_norm":
             return graph.call_function(aten.rms_norm.default, (self.x, [size], None, self.eps))
+        if self.kind == "raised":
+            options = {k: v for k, v in self.node.kwargs.items() if k not in ("offset", "weight", "bias")}
+            return graph.call_function(self.node.target, (self.x, None, None), options)  # type: ignore[arg-type]
         return self.x
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorm:
+    """A layer norm over the last dimension, as ATen or as the dialect has it."""
+
+    node: fx.Node
+    x: fx.Node
+    size: int
+    weight: fx.Node | None
+    bias: fx.Node | None
+    eps: float
+
+    def as_rms_norm(self, graph: fx.Graph) -> fx.Node:
+        """Insert the same norm without subtracting the mean."""
+        if self.node.target is norms.layer_norm:
+            options = {k: v for k, v in self.node.kwargs.items() if k not in ("axes", "weight", "bias")}
+            return graph.call_function(norms.rms_norm, (self.x, self.weight, self.bias), options)
+        new = graph.call_function(aten.rms_norm.default, (self.x, [self.size], self.weight, self.eps))
+        return new if self.bias is None else graph.call_function(aten.add.Tensor, (new, self.bias))
+
+
+def layer_norm_of(node: fx.Node) -> LayerNorm | str | None:
+    """Read a node as a layer norm; say why it is one of another kind, or None if it is none."""
+    if node.target is aten.layer_norm.default:
+        given = arguments(node)
+        sizes = given["normalized_shape"]
+        if len(sizes) == 1:
+            return LayerNorm(node, given["input"], int(sizes[0]), given["weight"], given["bias"], given["eps"])
+        return "it normalises over several dimensions"
+    if node.target is norms.layer_norm:
+        x, weight, bias = _operands(node)
+        size = fixed_size(x.meta["val"].shape[-1])
+        if node.kwargs.get("axes", 1) != 1 or size is None:
+            return "it normalises over several dimensions"
+        return LayerNorm(node, x, size, weight, bias, float(node.kwargs["eps"]))  # type: ignore[arg-type]
+    return None
+
+
+def is_norm(node: fx.Node) -> bool:
+    """Whether a value is the result of a norm over features."""
+    return node.target in (aten.layer_norm.default, aten.rms_norm.default, *_NORMS)
+
+
+def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
+    """What is normalised, weight and bias of a norm of the dialect."""
+    given = dict(zip(("x", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+    return given["x"], given.get("weight"), given.get("bias")
 
 
 def affine_of(node: fx.Node, edit: Edit) -> Affine | None:
@@ -70,6 +127,11 @@ def affine_of(node: fx.Node, edit: Edit) -> Affine | None:
             return None
         kind = "layer_norm" if node.target is aten.layer_norm.default else "rms_norm"
         return Affine(node, kind, given["input"], given["weight"], given.get("bias"), given["eps"])
+    if node.target in _NORMS:
+        x, weight, bias = _operands(node)
+        if any(v is not None and _vector(v) is None for v in (weight, bias)) or node.kwargs.get("axes", 1) != 1:
+            return None
+        return Affine(node, "raised", x, weight, bias, offset=float(node.kwargs.get("offset", 0.0)))  # type: ignore[arg-type]
     if node.target not in (aten.mul.Tensor, aten.add.Tensor) or node.kwargs or len(node.args) != 2:
         return None
     left, right = node.args
@@ -142,6 +204,8 @@ def cores(edit: Edit) -> list[Core]:
             continue
         if node.target is SDPA:
             found += _fused(node)
+        elif node.target is attention:
+            found += _raised(node)
         elif node.target in (aten.softmax.int, aten._softmax.default):
             found += _written_out(node)
     return found
@@ -158,12 +222,32 @@ def _fused(node: fx.Node) -> list[Core]:
         return []
     groups = heads[0] // heads[1] if given["enable_gqa"] else 1  # type: ignore[operator]
     mask = given["attn_mask"]
-    why = (
-        ""
-        if mask is None
-        else f"a query that the mask '{mask.name}' keeps from all keys gets zero, not a mean of values"
-    )
+    why = "" if mask is None else _zero_rows(mask)
     return [Core(node, given["key"], given["value"], node, -2, groups, why)]
+
+
+def _raised(node: fx.Node) -> list[Core]:
+    names = ("query", "key", "value", "masks", "sinks")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    fills = [
+        f for kind, f in zip(given.get("kinds", ()), given.get("fills", ()), strict=False) if kind in ("keep", "drop")
+    ]
+    if given.get("sinks") is not None or given.get("softcap") or given.get("normaliser", "softmax") != "softmax":
+        return []
+    if not given.get("fused"):
+        return [Core(node, given["key"], given["value"], node, -1)] if all(f <= -1e4 for f in fills) else []
+    groups = 1
+    if given.get("grouped"):
+        heads = [fixed_size(given[n].meta["val"].shape[-3]) for n in ("query", "key")]
+        if heads[0] is None or not heads[1]:
+            return []
+        groups = heads[0] // heads[1]
+    masks = given.get("masks", ())
+    return [Core(node, given["key"], given["value"], node, -2, groups, _zero_rows(masks[0]) if masks else "")]
+
+
+def _zero_rows(mask: fx.Node) -> str:
+    return f"a query that the mask '{mask.name}' keeps from all keys gets zero, not a mean of values"
 
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)

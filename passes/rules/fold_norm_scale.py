@@ -72,6 +72,8 @@ def _readers(edit: Edit, affine: Affine) -> list[tuple[LinearSite, Use]] | str:
 
 def _fold(edit: Edit, affine: Affine, found: list[tuple[LinearSite, Use]]) -> None:
     scale, shift = (None if v is None else _vector(edit.expression(v)) for v in (affine.weight, affine.bias))
+    if scale is not None:
+        scale = scale.shift(affine.offset)
     for site, use in found:
         matrix, bias = edit.matrix(use), edit.bias(use)
         if shift is not None:

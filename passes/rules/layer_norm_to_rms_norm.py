@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from recast.passes.exact import Edit, ExactPass, call
 from recast.passes.follow import moves, numbered, run_on
-from recast.passes.structures import arguments, number_of
+from recast.passes.structures import LayerNorm, arguments, is_norm, layer_norm_of, number_of
 from recast.patterns.linear.packing import size_hint
 from recast.patterns.sites import LinearSite, Use
 
@@ -34,7 +34,7 @@ class _Stream:
     size: int
     values: dict[fx.Node, int] = dataclasses.field(default_factory=dict)
     writers: dict[fx.Node, int] = dataclasses.field(default_factory=dict)
-    norms: dict[fx.Node, None] = dataclasses.field(default_factory=dict)
+    norms: dict[fx.Node, LayerNorm] = dataclasses.field(default_factory=dict)
     todo: list[tuple[fx.Node, int]] = dataclasses.field(default_factory=list)
 
 
@@ -52,14 +52,14 @@ class LayerNormToRMSNorm(ExactPass):
         """Gather the stream of every layer norm, and rewrite it as a whole or not at all."""
         seen: set[fx.Node] = set()
         for node in list(edit.graph.nodes):
-            if node.target is not aten.layer_norm.default or node in seen:
+            norm = layer_norm_of(node)
+            if norm is None or node in seen:
                 continue
-            given = arguments(node)
-            if len(given["normalized_shape"]) != 1:
-                edit.refuse(node.name, "it normalises over several dimensions", node)
+            if isinstance(norm, str):
+                edit.refuse(node.name, norm, node)
                 continue
-            stream = _Stream(int(given["normalized_shape"][0]))
-            reason = _gather(edit, given["input"], stream) or _changeable(edit, stream)
+            stream = _Stream(norm.size)
+            reason = _gather(edit, norm.x, stream) or _changeable(edit, stream)
             seen |= set(stream.norms)
             if reason:
                 edit.refuse(node.name, reason, node)
@@ -99,7 +99,7 @@ def _above(edit: Edit, node: fx.Node, axis: int, stream: _Stream) -> str:
         stream.writers[node] = axis
     elif node.op == "placeholder":
         return f"the residual stream begins with the input '{node.name}', which cannot be centred"
-    elif node.target is aten.layer_norm.default or node.target is aten.rms_norm.default:
+    elif is_norm(node):
         return f"the residual stream holds the result of a norm, '{node.name}' (post-norm), whose mean is not zero"
     elif node.target is aten.add.Tensor and not node.kwargs and isinstance(node.args[1], fx.Node):
         stream.todo += [(first, axis), (node.args[1], axis)]
@@ -130,10 +130,11 @@ def _below(node: fx.Node, axis: int, stream: _Stream) -> str:
     for user in node.users:
         if user.op == "output":
             return f"the program gives '{node.name}' of the residual stream back as a result"
-        if user.target is aten.layer_norm.default and user.args[0] is node and axis == -1:
-            if len(user.args[1]) != 1:  # type: ignore[arg-type]
-                return f"'{user.name}' normalises over several dimensions"
-            stream.norms[user] = None
+        norm = layer_norm_of(user)
+        if isinstance(norm, str):
+            return f"'{user.name}' reads the residual stream: {norm}"
+        if norm is not None and axis == -1 and norm.x is node and user.all_input_nodes.count(node) == 1:
+            stream.norms[user] = norm
         elif (
             (user.target is aten.add.Tensor and not user.kwargs and len(user.all_input_nodes) == len(user.args))
             or number_of(user) is not None
@@ -221,15 +222,13 @@ def _rewrite(edit: Edit, stream: _Stream) -> None:
             _replace_constant(edit, node, axis)
         else:
             _replace_weights(edit, node)
-    for norm in stream.norms:
-        given = arguments(norm)
-        with graph.inserting_before(norm):
-            new = call(
-                graph, aten.rms_norm.default, given["input"], [stream.size], given["weight"], given["eps"], like=norm
-            )
-            if given["bias"] is not None:
-                new = call(graph, aten.add.Tensor, new, given["bias"], like=norm)
-        edit.replace(norm, new)
+    for node in stream.norms:
+        norm = layer_norm_of(node)  # again: what it reads has been replaced
+        assert isinstance(norm, LayerNorm)
+        with graph.inserting_before(node):
+            new = norm.as_rms_norm(graph)
+        new.meta.update({k: v for k, v in node.meta.items() if k != "val"})
+        edit.replace(node, new)
     edit.did(f"{', '.join(n.name for n in stream.norms)}; {len(stream.writers)} writers centred")
 
 

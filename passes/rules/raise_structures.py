@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from recast.passes.base import Context, Pass, Soundness
+from recast.passes.dead import remove_dead
 from recast.passes.meta import propagate
 from recast.patterns.program import Program
 from recast.patterns.recognise import recognise
@@ -85,7 +86,7 @@ def _raised(program: Program, kinds: frozenset[str] | None) -> tuple[Program, Co
         if operation is not None:
             _replace(result.graph, site, operation, replaced)
             raised[site.kind] += 1
-    result.graph.eliminate_dead_code()
+    remove_dead(result.graph)
     propagate(result)
     result.graph.lint()
     result.module.recompile()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from recast.passes.dead import has_effect
 from recast.passes.exact import Edit, ExactPass
 
 __all__ = ["RemoveIdle"]
@@ -39,6 +40,9 @@ class RemoveIdle(ExactPass):
     def apply(self, edit: Edit) -> None:
         """Replace every idle operation by its operand."""
         results = set(edit.graph.find_nodes(op="output")[0].all_input_nodes)
+        for node in edit.graph.nodes:
+            if node.op == "call_function" and not node.users and not has_effect(node):
+                edit.did(f"{node.name}: read by nothing")
         for node in list(edit.graph.nodes):
             source = _source(node)
             if source is None or not node.users:

@@ -111,3 +111,9 @@ def test_a_cache_keeps_both() -> None:
     assert not done(after)
     assert "'output' reads its keys before the scores do" in reasons(after)
     assert "'output' reads its values too" in reasons(after)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_raised_attention(name: str) -> None:
+    _, after = simplified(randomise(BOTH[name]), inputs(), "raise_structures{kinds=attention},drop_softmax_constant")
+    assert len([text for text in done(after) if "bias of the" in text]) == 2

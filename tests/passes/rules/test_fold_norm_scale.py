@@ -145,3 +145,10 @@ def test_a_linear_over_another_dimension_stays() -> None:
     """Six tokens of six features: a rewrite that looks at sizes alone would take the wrong dimension."""
     _, after = simplified(randomise(Turned()), [(torch.randn(2, 6, 6, dtype=torch.float64),)], "fold_norm_scale")
     assert not done(after)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_raised_norms(name: str) -> None:
+    _, after = simplified(randomise(Block(NORMS[name])), inputs(), "raise_structures{kinds=norm},fold_norm_scale")
+    assert len([text for text in done(after) if " -> gate, up" in text]) == 1
+    assert "norm.weight" not in after.weights

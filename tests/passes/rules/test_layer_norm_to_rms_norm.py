@@ -130,3 +130,9 @@ def test_a_stream_that_is_an_input() -> None:
     _, after = simplified(randomise(Given()), [(torch.randn(2, 3, 6, dtype=torch.float64),)], "layer_norm_to_rms_norm")
     assert not done(after)
     assert "begins with the input 'x'" in reasons(after)
+
+
+def test_raised_norms() -> None:
+    _, after = simplified(randomise(Text()), ids(), "raise_structures{kinds=norm},layer_norm_to_rms_norm")
+    assert len([text for text in done(after) if text.endswith("centred")]) == 1
+    assert "layer_norm(" not in str(after)
