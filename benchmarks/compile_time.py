@@ -97,13 +97,53 @@ def measure(layers: int, *, inductor: bool) -> dict[str, Any]:
     return row
 
 
+def recognition(nodes: int) -> dict[str, Any]:
+    """Seconds to recognise everything in one program of many nodes: a two-layer model again and again, each with its own weights."""
+    import copy
+
+    from recast.patterns.capture.export import capture
+    from recast.patterns.program import get_by_path, set_by_path
+    from recast.patterns.recognise import recognise
+
+    one = capture(model_of(2), (), {"input_ids": torch.randint(0, 256, (2, 16))})
+    whole = copy.copy(one)
+    root, graph = torch.nn.Module(), torch.fx.Graph()
+    inputs = {node: graph.node_copy(node) for node in one.inputs()}
+    results: list[Any] = []
+    made = 0
+    while made < nodes:
+        environment = dict(inputs)
+        for node in one.graph.nodes:
+            if node.op == "get_attr":
+                path = f"copy{len(results)}.{node.target}"
+                set_by_path(root, path, get_by_path(one.module, str(node.target)).clone())
+                environment[node] = graph.create_node("get_attr", path)
+                environment[node].meta = dict(node.meta)
+            elif node.op == "call_function":
+                environment[node] = graph.node_copy(node, lambda n, known=environment: known[n])
+            elif node.op == "output":
+                results += [environment[n] for n in node.args[0] if isinstance(n, torch.fx.Node)]
+            made += 1
+    graph.output(tuple(results))
+    whole.module = torch.fx.GraphModule(root, graph)
+    start = time.perf_counter()
+    found = recognise(whole)
+    seconds = time.perf_counter() - start
+    kinds: dict[str, int] = {}
+    for site in found.sites:
+        kinds[site.kind] = kinds.get(site.kind, 0) + 1
+    return {"nodes": len(graph.nodes), "seconds": seconds, "sites": kinds, "misses": len(found.misses)}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure all depths, print a table, write JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 32, 128])
     parser.add_argument("--inductor-up-to", type=int, default=128, help="deepest model that Inductor compiles too")
+    parser.add_argument("--recognise", type=int, default=100_000, help="nodes of the program that is recognised whole")
     chosen = parser.parse_args(arguments)
+    large = recognition(chosen.recognise) if chosen.recognise else None
     measure(1, inductor=True)  # imports and one-time set-up
     rows = []
     for layers in chosen.layers:
@@ -119,10 +159,16 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_row(*["-" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in shown])
     Console(width=150).print(table)
     print("recast = capture + match + plan and rewrite, without verification and without fitting weights")
+    if large is not None:
+        print(
+            f"recognition of {large['nodes']:,} nodes: {large['seconds']:.2f} s, {large['sites']}, {large['misses']} misses"
+        )
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(
-            json.dumps({"benchmark": "compile_time", "machine": machine_facts(), "rows": rows}, indent=1)
+            json.dumps(
+                {"benchmark": "compile_time", "machine": machine_facts(), "rows": rows, "recognition": large}, indent=1
+            )
         )
     return 0
 

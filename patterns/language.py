@@ -36,6 +36,7 @@ __all__ = [
     "Through",
     "Trail",
     "Weight",
+    "in_words",
     "match_at",
     "maybe",
 ]
@@ -121,6 +122,15 @@ class State:
         return State(self.bound, (*self.nodes, node))
 
 
+Reason = str | Callable[[], str]
+_NOTHING = (-1.0, "")
+
+
+def in_words(reason: Reason) -> str:
+    """The words of a reason."""
+    return reason if isinstance(reason, str) else reason()
+
+
 class Trail:
     """What failed in an attempt: at each value the failure that came deepest, and the deepest of all.
 
@@ -131,23 +141,36 @@ class Trail:
     seen
         Nodes taken in by then.
     failures
-        ``{value: (depth, reason)}``.
+        ``{value: (depth, reason)}``; see `in_words`.
     """
 
     def __init__(self) -> None:
-        self.depth, self.reason = -1.0, ""
+        self.depth = -1.0
         self.node: fx.Node | None = None
         self.seen: tuple[fx.Node, ...] = ()
-        self.failures: dict[fx.Node, tuple[float, str]] = {}
+        self.failures: dict[fx.Node, tuple[float, Reason]] = {}
+        self._reason: Reason = ""
 
-    def fail(self, state: State, value: Any, reason: str, *, nearly: bool = False) -> None:
-        """Note a failure; `nearly`: the operation is the right one, its form is not, which tells more."""
+    @property
+    def reason(self) -> str:
+        """Why the deepest attempt ended."""
+        return in_words(self._reason)
+
+    def words(self) -> str:
+        """The same, to be called when it is asked for."""
+        return self.reason
+
+    def fail(self, state: State, value: Any, reason: Reason, *, nearly: bool = False) -> None:
+        """Note a failure; `nearly`: the operation is the right one, its form is not, which tells more.
+
+        A reason may be a function that gives the words: most failures are never told of.
+        """
         depth = len(state.nodes) + (0.5 if nearly else 0.0)
         node = value if isinstance(value, fx.Node) else (state.nodes[-1] if state.nodes else None)
-        if node is not None and depth > self.failures.get(node, (-1.0, ""))[0]:
+        if node is not None and depth > self.failures.get(node, _NOTHING)[0]:
             self.failures[node] = (depth, reason)
         if depth > self.depth:
-            self.depth, self.reason, self.seen, self.node = depth, reason, state.nodes, node
+            self.depth, self._reason, self.seen, self.node = depth, reason, state.nodes, node
 
 
 class Pattern(abc.ABC):
@@ -175,11 +198,11 @@ class Any_(Pattern):  # `Any` is typing's
     def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
         """Bind it."""
         if self.where is not None and not self.where(value, scope):
-            trail.fail(state, value, f"{_called(value)} is not what '{self.name}' has to be")
+            trail.fail(state, value, lambda: f"{_called(value)} is not what '{self.name}' has to be")
             return
         bound = state.bind(self.name, value)
         if bound is None:
-            trail.fail(state, value, f"{_called(value)} is not the same as '{self.name}' elsewhere")
+            trail.fail(state, value, lambda: f"{_called(value)} is not the same as '{self.name}' elsewhere")
             return
         yield bound
 
@@ -204,13 +227,13 @@ class Literal(Pattern):
         """Compare and bind it."""
         number = literal(value, scope)
         if number is None and value is not None:
-            trail.fail(state, value, f"{_called(value)} is computed, a literal is needed")
+            trail.fail(state, value, lambda: f"{_called(value)} is computed, a literal is needed")
             return
         if self.value is not None and not _close(number, self.value):
-            trail.fail(state, value, f"{number} where {self.value} is needed")
+            trail.fail(state, value, lambda: f"{number} where {self.value} is needed")
             return
         if self.where is not None and not self.where(number):
-            trail.fail(state, value, f"{number} is not what '{self.name}' has to be")
+            trail.fail(state, value, lambda: f"{number} is not what '{self.name}' has to be")
             return
         bound = state.bind(self.name, number)
         if bound is not None:
@@ -227,7 +250,7 @@ class Weight(Pattern):
     def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
         """Bind it."""
         if value not in scope.constants:
-            trail.fail(state, value, f"{_called(value)} is computed, a weight is needed")
+            trail.fail(state, value, lambda: f"{_called(value)} is computed, a weight is needed")
             return
         yield from Any_(self.name, self.where).match(value, state, scope, trail)
 
@@ -279,18 +302,18 @@ class Call(Pattern):
     def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
         """Take the node in, then match its operands."""
         if not isinstance(value, fx.Node) or value.op != "call_function" or value.target not in self.ops:
-            trail.fail(state, value, f"{_called(value)} is not {_names(self.ops)}")
+            trail.fail(state, value, lambda: f"{_called(value)} is not {_names(self.ops)}")
             return
         if self.where is not None and not self.where(value, scope):
-            trail.fail(state, value, f"{_called(value)} has not the form that is needed", nearly=True)
+            trail.fail(state, value, lambda: f"{_called(value)} has not the form that is needed", nearly=True)
             return
         bound = state.take(value).bind(self.name, value)
         if bound is None:
-            trail.fail(state, value, f"{_called(value)} is not the same as '{self.name}' elsewhere")
+            trail.fail(state, value, lambda: f"{_called(value)} is not the same as '{self.name}' elsewhere")
             return
         given = scope.arguments(value)
         if len(given) < len(self.operands):
-            trail.fail(bound, value, f"{_called(value)} has fewer operands than are needed")
+            trail.fail(bound, value, lambda: f"{_called(value)} has fewer operands than are needed")
             return
         orders = [given]
         if self.commutes and len(given) > 1 and given[0] is not given[1]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from recast.patterns.constants import Constants
-from recast.patterns.language import Match, Scope, Trail, match_at
+from recast.patterns.language import Match, Reason, Scope, Trail, in_words, match_at
 from recast.patterns.linear.find import find_linear
 from recast.patterns.program import Program
 from recast.patterns.rules import Rule, Surroundings, miss, rules
@@ -20,6 +20,8 @@ __all__ = ["Recognition", "recognise"]
 _WHOLE = (
     10_000  # a match that `build` refused came farther than any that did not match; of equal ones the last rule is told
 )
+
+Failure = tuple[float, Rule, Reason, fx.Node]  # how deep it came, with which rule, why it ended, and where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _kind(
     position: dict[fx.Node, int],
 ) -> list[Mismatch]:
     owner: dict[fx.Node, Match] = {}
-    failed: dict[fx.Node, tuple[float, Rule, str, fx.Node]] = {}  # by anchor: how deep, which rule, why, where
+    failed: dict[fx.Node, Failure] = {}
     found: list[tuple[int, Site]] = []
     for rule in tried:
         targets = rule.pattern.targets()
@@ -88,10 +90,11 @@ def _kind(
                     continue
                 _note(failed, match.nodes, rule, (_WHOLE + len(match.nodes), rule, site, root))
             elif trail.node is not None:
-                _note(failed, trail.seen, rule, (trail.depth, rule, trail.reason, trail.node))
+                _note(failed, trail.seen, rule, (trail.depth, rule, trail.words, trail.node))
                 for node, (depth, reason) in trail.failures.items():
-                    _note(failed, (node,), rule, (depth, rule, reason, node))
-    around.sites += _named_apart([site for _, site in sorted(found, key=lambda item: item[0])], around)
+                    if node.target in rule.anchors:
+                        _note(failed, (node,), rule, (depth, rule, reason, node))
+    around.add(_named_apart([site for _, site in sorted(found, key=lambda item: item[0])], around))
     misses = []
     told: set[tuple[str, str, fx.Node]] = set()
     for node in position:
@@ -99,7 +102,8 @@ def _kind(
         if not anchored or node in owner or not any(rule.suspicious(node, around) for rule in anchored):
             continue
         if node in failed:
-            _, rule, reason, reached = failed[node]
+            _, rule, why, reached = failed[node]
+            reason = in_words(why)
             if (rule.name, reason, reached) in told:  # several anchors in one place
                 continue
             told.add((rule.name, reason, reached))
@@ -124,10 +128,10 @@ def _named_apart(sites: Sequence[Site], around: Surroundings) -> list[Site]:
 
 
 def _note(
-    failed: dict[fx.Node, tuple[float, Rule, str, fx.Node]],
+    failed: dict[fx.Node, Failure],
     nodes: Sequence[fx.Node],
     rule: Rule,
-    failure: tuple[float, Rule, str, fx.Node],
+    failure: Failure,
 ) -> None:
     for node in nodes:
         if node.target in rule.anchors and (node not in failed or failed[node][0] <= failure[0]):

@@ -36,6 +36,10 @@ class Surroundings:
         Linear sites by name.
     sites
         Sites recognised so far, other than linear ones.
+    structures
+        The same by the value they give.
+    names
+        Names taken, by kind.
     position
         Of every value in the graph.
     """
@@ -44,14 +48,33 @@ class Surroundings:
         self.scope = scope
         self.linear = {site.name: site for site in linear}
         self.sites: list[Site] = []
+        self.structures: dict[fx.Node, list[Site]] = {}
+        self.names: dict[str, set[str]] = {}
+        self._by_weight: dict[str, list[LinearSite]] = {}
         self._products: dict[fx.Node, list[tuple[LinearSite, Use]]] = {}
         for site in self.linear.values():
+            for weight in site.weights:
+                self._by_weight.setdefault(weight, []).append(site)
             for use in site.uses:
                 for node in {use.node, use.product}:
                     self._products.setdefault(node, []).append((site, use))
         self.position = {node: i for i, node in enumerate(scope.program.graph.nodes)}
         self._parts: dict[tuple[str, fx.Node], Site] = {}
         self._seen = 0
+
+    def add(self, sites: Iterable[Site]) -> None:
+        """Take in sites that a kind of rules found."""
+        for site in sites:
+            self.sites.append(site)
+            self.names.setdefault(site.kind, set()).add(site.name)
+            node = getattr(site, "node", None)
+            if node is not None:
+                self.structures.setdefault(node, []).append(site)
+
+    def reading(self, weights: Iterable[str]) -> list[LinearSite]:
+        """Linear sites that read any of some weights."""
+        found = {site.name: site for weight in weights for site in self._by_weight.get(weight, ())}
+        return list(found.values())
 
     def products(self, node: fx.Node) -> list[tuple[LinearSite, Use]]:
         """Linear sites of which a value is the product (several for a batched weight); empty if it is none."""

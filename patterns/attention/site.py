@@ -32,6 +32,8 @@ def build(match: Match, around: Surroundings) -> AttentionSite | str:
     product = match["product"]
     if not all(isinstance(n, fx.Node) and isinstance(n.meta.get("val"), Tensor) for n in (query, key, value)):
         return "queries, keys and values are needed as tensors"
+    if around.products(product):
+        return "it multiplies matrices that are looked up in a weight (experts): no attention"
     found = [_maker(n, around) for n in (query, key, value)]
     notes = [f"{role}: {reason}" for role, (_, reason, _) in zip("qkv", found, strict=True) if reason]
     pieces = [piece for piece, _, _ in found]
@@ -55,7 +57,7 @@ def build(match: Match, around: Surroundings) -> AttentionSite | str:
     if steps.reason:
         notes.append(f"not raised: {steps.reason}")
     return AttentionSite(
-        name=_unique(name, around),
+        name=name,
         weights=tuple(dict.fromkeys(w for p in (*pieces, taker) if p is not None for w in p.weights)),
         node=product,
         nodes=match.nodes,
@@ -149,8 +151,7 @@ def _kv_heads(piece: Piece | None, head_dim: int, heads: int) -> int:
 
 
 def _structures(path: Sequence[fx.Node], around: Surroundings) -> list[Any]:
-    inside = set(path)
-    return [s for s in around.sites if getattr(s, "node", None) in inside]
+    return [s for node in path for s in around.structures.get(node, ())]
 
 
 def _name(pieces: Sequence[Piece], product: fx.Node) -> str:
@@ -162,16 +163,6 @@ def _name(pieces: Sequence[Piece], product: fx.Node) -> str:
             break
         common.append(parts[0])
     return ".".join(common) or product.name
-
-
-def _unique(name: str, around: Surroundings) -> str:
-    taken = {s.name for s in around.sites if s.kind == "attention"}
-    if name not in taken:
-        return name
-    number = 2
-    while f"{name}#{number}" in taken:
-        number += 1
-    return f"{name}#{number}"
 
 
 def _normaliser(match: Match) -> str:

@@ -21,7 +21,7 @@ def _build(match: Match, around: Surroundings) -> EmbeddingSite | str:
     shape = table.meta["val"].shape
     if len(shape) != 2:
         return f"the table has {len(shape)} dimensions, an embedding has two"
-    heads = [site for site in around.linear.values() if set(site.weights) & set(sources)]
+    heads = around.reading(sources)
     name = sources[0].removesuffix(".weight")
     return EmbeddingSite(
         name=name if name not in around.linear else f"{name}.table",

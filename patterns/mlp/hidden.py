@@ -128,9 +128,11 @@ def read_hidden(value: fx.Node, around: Surroundings, known: Callable[[fx.Node],
 class _Reader:
     def __init__(self, around: Surroundings, known: Callable[[fx.Node], bool]) -> None:
         self.around, self.known = around, known
-        self.norms = {s.node: s for s in around.sites if isinstance(s, NormSite) and s.node is not None}
         self._leaf: dict[fx.Node, Leaf | None] = {}
         self._taken: dict[fx.Node, dict[fx.Node, None]] = {}
+
+    def _norm(self, node: fx.Node) -> NormSite | None:
+        return next((s for s in self.around.structures.get(node, ()) if isinstance(s, NormSite)), None)
 
     def leaves(self, value: fx.Node) -> set[Leaf] | str:
         """Products (or parts of them) that a value is made of, or why they cannot be told."""
@@ -159,7 +161,7 @@ class _Reader:
         return self._taken[value]
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
-        norm = self.norms.get(node)
+        norm = self._norm(node)
         if norm is not None and norm.x is not None:
             return [norm.x]
         return [n for n in node.all_input_nodes if self._computed(n)]
@@ -181,7 +183,7 @@ class _Reader:
         target = node.target
         if target in _TURNS:
             return f"'{node.name}' turns dimensions between the products"
-        if node in self.norms or target in _NORMS | _VIEWS | _CASTS | _TAKES:
+        if self._norm(node) is not None or target in _NORMS | _VIEWS | _CASTS | _TAKES:
             return None
         if isinstance(target, torch._ops.OpOverload) and (target in ACTIVATIONS or torch.Tag.pointwise in target.tags):
             return None
