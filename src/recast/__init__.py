@@ -27,21 +27,37 @@ from recast.patterns.capture.export import capture
 from recast.patterns.errors import RecastError
 from recast.patterns.find import Coverage, coverage, find
 from recast.patterns.program import Program
-from recast.patterns.sites import LinearSite, Mismatch, Site
+from recast.patterns.sites import (
+    AttentionSite,
+    EmbeddingSite,
+    LinearSite,
+    MLPSite,
+    Mismatch,
+    MoESite,
+    NormSite,
+    RotarySite,
+    Site,
+)
 
 __all__ = [
     "Artifact",
+    "AttentionSite",
     "Calibration",
     "Coverage",
+    "EmbeddingSite",
     "Form",
     "LinearSite",
+    "MLPSite",
     "Mismatch",
+    "MoESite",
+    "NormSite",
     "Operator",
     "Plan",
     "Program",
     "RecastError",
     "Recipe",
     "Report",
+    "RotarySite",
     "Rule",
     "Site",
     "__version__",
