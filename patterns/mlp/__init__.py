@@ -34,10 +34,13 @@ def _build(match: Match, around: Surroundings) -> MLPSite | str:
     start = match.root
     if (mixture := around.part_of("moe", start)) is not None:
         return f"part of the mixture of experts '{mixture.name}'"
-    product = _taken_by(start, around)
-    if isinstance(product, str):
-        return product
-    pairs = around.products(product)
+    takers = _takers(start, around)
+    if not takers:
+        return "its result enters no linear"
+    if len(takers) > 1:
+        names = " and ".join(sorted(around.products(n)[0][0].name for n in takers))
+        return f"its result enters {names}, a block has one last linear"
+    pairs = around.products(takers[0])
     site, use = pairs[0]
     if len(pairs) > 1:
         return f"its result enters a stack of {len(pairs)} matrices, which belongs to no mixture of experts known here"
@@ -90,8 +93,8 @@ def _piece(leaf: Leaf | None, around: Surroundings) -> Piece | str | None:
     return Piece(pairs[0][0], leaf.part)
 
 
-def _taken_by(start: fx.Node, around: Surroundings) -> fx.Node | str:
-    """The one product that an activation leads to."""
+def _takers(start: fx.Node, around: Surroundings) -> list[fx.Node]:
+    """Products that an activation leads to, the nearest."""
     seen, queue = {start}, [start]
     found: dict[fx.Node, None] = {}
     while queue and len(seen) < _STEPS:
@@ -105,12 +108,7 @@ def _taken_by(start: fx.Node, around: Surroundings) -> fx.Node | str:
                 queue.append(user)
         if found:
             break
-    if not found:
-        return "its result enters no linear"
-    if len(found) > 1:
-        names = " and ".join(sorted(around.products(n)[0][0].name for n in found))
-        return f"its result enters {names}, a block has one last linear"
-    return next(iter(found))
+    return list(found)
 
 
 def _suspicious(node: fx.Node, around: Surroundings) -> bool:
@@ -123,10 +121,11 @@ def _suspicious(node: fx.Node, around: Surroundings) -> bool:
         source, steps = source.args[0] if source.args else None, steps + 1
     if not isinstance(source, fx.Node) or not around.products(source):
         return False
-    product, value = _taken_by(node, around), node.meta.get("val")
-    if isinstance(product, str) or not isinstance(value, Tensor) or not value.ndim:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not value.ndim:
         return False
-    return bool(value.shape[-1] == around.products(product)[0][0].in_features)  # as wide as what is taken: no lone gate
+    widths = {around.products(product)[0][0].in_features for product in _takers(node, around)}
+    return isinstance(value.shape[-1], int) and value.shape[-1] in widths  # as wide as what is taken: no lone gate
 
 
 RULES = (Rule("mlp", "mlp", Call(ACTIVATIONS), _build, ACTIVATIONS, _suspicious, order=50),)

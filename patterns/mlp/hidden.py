@@ -121,6 +121,10 @@ def read_hidden(value: fx.Node, around: Surroundings, known: Callable[[fx.Node],
         if names[0] and names[1]:  # both are activated: the wider sense of a gate, the one that is squashed
             first = 0 if "sigmoid" in names[0] or "tanh" in names[0] or "sigmoid" not in names[1] else 1
         (gate,), (up,) = sides[first], sides[1 - first]
+        if not any(names):  # (up * gate) * squash(gate): the squashed one is the gate
+            squashed = [reader.leaves(n) for n in nodes if n.target in ACTIVATIONS]
+            gate, up = (up, gate) if {up} in squashed else (gate, up)
+            names[first] = _activation(nodes, around)
         return Hidden(gate, up, names[first] or "identity", nodes)
     return "two products enter, but are not multiplied with each other"
 
@@ -243,7 +247,8 @@ def _of_sigmoid(node: fx.Node, around: Surroundings) -> str:
     if isinstance(inner, fx.Node) and inner.target is aten.mul.Tensor and not isinstance(inner.args[1], fx.Node):
         inner, factor = inner.args
     for user in node.users:
-        if user.target is aten.mul.Tensor and inner in user.args:
+        others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
+        if user.target is aten.mul.Tensor and any(a is inner or inner in a.all_input_nodes for a in others):
             if factor == 1.0:
                 return "silu"
             return "quick_gelu" if abs(float(factor) - 1.702) < 1e-3 else f"swish({factor:g})"

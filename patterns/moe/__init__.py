@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from recast.patterns.language import Call, Match, Scope
+from recast.patterns.language import Call, Match
 from recast.patterns.mlp import common_name
 from recast.patterns.moe.experts import read_experts, read_tokens
-from recast.patterns.moe.routing import CHOICES, read_router
+from recast.patterns.moe.routing import CHOICES, chooses, read_router
 from recast.patterns.rules import Rule, Surroundings
 from recast.patterns.sites import MoESite, Piece, source_line
 
@@ -72,9 +72,6 @@ def _suspicious(node: fx.Node, around: Surroundings) -> bool:
     return not isinstance(read_router(node, around), str)
 
 
-def _chooses(node: fx.Node, scope: Scope) -> bool:
-    """Whether places are asked for, not only the largest values."""
-    return node.target is not aten.max.dim or any(len(u.args) > 1 and u.args[1] == 1 for u in node.users)
-
-
-RULES = (Rule("moe", "moe", Call(CHOICES, where=_chooses), _build, _ANCHORS, _suspicious, order=40),)
+RULES = (
+    Rule("moe", "moe", Call(CHOICES, where=lambda node, scope: chooses(node)), _build, _ANCHORS, _suspicious, order=40),
+)

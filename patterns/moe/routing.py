@@ -14,7 +14,7 @@ from recast.patterns.linear.find import product_flops
 from recast.patterns.rules import Surroundings
 from recast.patterns.sites import LinearSite, Use
 
-__all__ = ["CHOICES", "FRESH", "Router", "read_router"]
+__all__ = ["CHOICES", "FRESH", "Router", "chooses", "read_router"]
 
 aten = torch.ops.aten
 
@@ -79,9 +79,15 @@ def read_router(choice: fx.Node, around: Surroundings) -> Router | str:
         scoring,
         late or any(_normalises(n, cone) for n in after),
         any(_corrects(n, around, cone) for n in before),
-        int(_last_size(groups[-1].args[0]) or 0) if groups else 0,
+        _groups(groups),
         _scale(after, cone),
     )
+
+
+def _groups(choices: list[fx.Node]) -> int:
+    """Among how many groups of experts a first choice is made."""
+    size = _last_size(choices[-1].args[0]) if choices else 0
+    return size if size is not None and size > 1 else 0
 
 
 def _router(choice: fx.Node, around: Surroundings) -> tuple[LinearSite, Use] | str:
@@ -163,7 +169,12 @@ def _top_k(choice: fx.Node, cone: dict[fx.Node, None]) -> int | None:
         return choice.args[1] if isinstance(choice.args[1], int) else None
     if choice.target is aten.argmax.default:  # one at a time, the first taken out before the second is looked for
         return sum(n.target is aten.argmax.default for n in cone)
-    return 1
+    return max(1, sum(n.target is aten.max.dim and chooses(n) for n in cone))
+
+
+def chooses(node: fx.Node) -> bool:
+    """Whether places are asked for, not only the largest values."""
+    return node.target is not aten.max.dim or any(len(u.args) > 1 and u.args[1] == 1 for u in node.users)
 
 
 def _scoring(before: dict[fx.Node, None], after: list[fx.Node]) -> tuple[str, bool]:
