@@ -292,6 +292,20 @@ def test_near_miss(run: Callable[..., Any], reason: str) -> None:
     assert reason in told
 
 
+def test_statistic_of_other_values() -> None:
+    """With as many tokens as features a statistic in the wrong place has a shape that fits, and is still none."""
+
+    def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1) + EPS).unsqueeze(1) * w
+
+    model = Written(run).eval()
+    shapes = {"x": {0: torch.export.Dim.AUTO}}
+    recognition = recognise(capture(model, (torch.randn(2, D, D),), dynamic_shapes=shapes), only=RULES)
+    assert norms(recognition) == []
+    (told,) = misses(recognition)
+    assert "it meets other values than those it is of" in told
+
+
 def test_weight_of_another_size() -> None:
     """A weight for each token is none of the norm's: the norm is found without it."""
 
