@@ -5,34 +5,33 @@ from __future__ import annotations
 import importlib
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
+from benchmarks.coverage_table import without_paths
+from benchmarks.zoo import load
 from recast.patterns.capture.export import capture
 from recast.patterns.errors import CaptureError
 from recast.patterns.program import Program
-from recast.patterns.recognise import Recognition, recognise
+from recast.patterns.recognise import recognise
 
-KINDS = ("matrices", "attention", "moe", "norms")
 SHAPES = ((1, 10), (3, 4), (3, 13))  # batch, length; one length is the number of heads
 
 
 def examine(name: str) -> dict[str, Any]:
     """Everything about one architecture, JSON-able."""
-    from benchmarks.zoo import load
-
     zoo = load()
+    from tests.zoo.compare import compare
+
     family = next(f for f, members in zoo.families().items() if name in members)
     row: dict[str, Any] = {"name": name, "family": family, "seconds": {}}
     try:
         model, args, kwargs = timed(row, "build", lambda: zoo.build(name))
     except zoo.Unbuildable as error:
-        return row | {"unbuilt": str(error).removeprefix(f"{name}: ")}
+        return row | {"unbuilt": without_paths(str(error).removeprefix(f"{name}: "))}
     row["class"] = type(model).__name__
     truth, expected = _watched(row, model, args, kwargs)
     if truth is None:
@@ -42,7 +41,7 @@ def examine(name: str) -> dict[str, Any]:
     try:
         program = timed(row, "capture", lambda: capture(model, args, kwargs))
     except CaptureError as error:
-        return row | {"captured": False, "capture_error": str(error)[:600]} | _nothing(truth)
+        return row | {"captured": False, "capture_error": without_paths(str(error))[:600]} | _nothing(truth)
     row |= {"captured": True, "notes": program.notes, "nodes": len(program.graph.nodes)}
     row["capture_differs"] = _differs(program, expected, args, kwargs)
     found = timed(row, "recognise", lambda: recognise(program))
@@ -99,162 +98,24 @@ def _nothing(truth: Any) -> dict[str, Any]:
     }
 
 
-def compare(truth: Any, program: Program, found: Recognition) -> dict[str, Any]:
-    """Count what was found of what is there.
-
-    Matrices count by elements; of a batched one, as many as there are sites for its matrices. An attention block counts if
-    its site names linears for q, k, v and o; a mixture if every expert has its matrices named.
-    """
-    sites: dict[str, list[Any]] = {}
-    for site in found.sites:
-        sites.setdefault(site.kind, []).append(site)
-    missed: dict[str, list[str]] = {}
-
-    def canonical(name: str) -> str:
-        return program.aliases.get(name, name)
-
-    covered = Counter(canonical(w) for site in sites.get("linear", []) for w in dict.fromkeys(site.weights))
-    elements = 0
-    for matrix in truth.matrices.values():
-        count = matrix.shape[0] if len(matrix.shape) == 3 else 1
-        got = min(count, covered[canonical(matrix.name)])
-        got = count if got and covered[canonical(matrix.name)] >= count else got
-        elements += matrix.parameters * got // count
-        if got < count:
-            missed.setdefault("matrices", []).append(matrix.name)
-    attention = _at_paths(
-        truth.attention, [s for s in sites.get("attention", []) if s.q and s.k and s.v and s.o], missed
-    )
-    moe = _mixtures(truth.routed, sites.get("moe", []), canonical, missed)
-    norms = _norms(truth.norms, sites.get("norm", []), canonical, missed)
-    others = {kind: len(members) for kind, members in sites.items()}
-    return {
-        "matrices": [elements, truth.parameters],
-        "attention": [attention, sum(truth.attention.values())],
-        "moe": [moe, len(truth.routed)],
-        "norms": [norms, len(truth.norms)],
-        "sites": others,
-        "misses": len(found.misses),
-        "without_reason": len(_unexplained(missed, program, found)),
-        "unexplained": _unexplained(missed, program, found)[:20],
-        "missed": {kind: names[:40] for kind, names in missed.items()},
-        "reasons": [f"{m.kind} {m.name}: {m.reason}"[:300] for m in found.misses][:40],
-    }
-
-
-def module_path(node: fx.Node | None) -> str:
-    """Path of the module that computed a value."""
-    stack = node.meta.get("nn_module_stack") if node is not None else None
-    if not stack:
-        return ""
-    return ".".join(step.split("@")[0] for step in str(list(stack.values())[-1][0]).split("."))
-
-
-def _within(path: str, outer: str) -> bool:
-    return not outer or path == outer or path.startswith(outer + ".")
-
-
-def _at_paths(wanted: Counter[str], sites: Iterable[Any], missed: dict[str, list[str]]) -> int:
-    there = Counter(module_path(site.node) for site in sites)
-    total = 0
-    for path, count in wanted.items():
-        got = min(count, there[path])
-        there[path] -= got
-        if got < count:  # the site's last value may be a module further out or in
-            for other in [p for p in there if p and there[p] > 0 and (_within(p, path) or _within(path, p))]:
-                more = min(count - got, there[other])
-                there[other] -= more
-                got += more
-        total += got
-        if got < count:
-            missed.setdefault("attention", []).append(path)
-    return total
-
-
-def _mixtures(
-    wanted: dict[str, Any], sites: list[Any], canonical: Callable[[str], str], missed: dict[str, list[str]]
-) -> int:
-    total = 0
-    for path, routed in wanted.items():
-        names = {canonical(n) for n in routed.parameters}
-        for site in sites:
-            named = [{canonical(w) for piece in expert.values() for w in piece.weights} for expert in site.experts]
-            if site.router is not None and len(named) == routed.experts and all(one & names for one in named):
-                total += 1
-                break
-        else:
-            missed.setdefault("moe", []).append(path)
-    return total
-
-
-def _norms(
-    wanted: dict[str, str], sites: list[Any], canonical: Callable[[str], str], missed: dict[str, list[str]]
-) -> int:
-    weights = {canonical(w) for site in sites for w in site.weights}
-    paths = {module_path(site.node) for site in sites}
-    total = 0
-    for path in wanted:
-        if canonical(f"{path}.weight") in weights or path in paths:
-            total += 1
-        else:
-            missed.setdefault("norms", []).append(path)
-    return total
-
-
-def _unexplained(missed: dict[str, list[str]], program: Program, found: Recognition) -> list[str]:
-    """What was missed and no near miss tells of: none by its name, nor one at a value of the same module."""
-    by_name = {node.name: node for node in program.graph.nodes}
-    told = {m.name for m in found.misses if m.reason}
-    paths = {module_path(by_name.get(m.node) or by_name.get(m.name)) for m in found.misses if m.reason} - {""}
-    silent = []
-    for kind, names in missed.items():
-        for name in names:
-            path = name.rpartition(".")[0] if kind == "matrices" else name
-            spoken = name in told or any(t.startswith(name) for t in told) or any(_within(p, path) for p in paths)
-            if not spoken and not (kind == "attention" and any(_within(path, p) for p in paths)):
-                silent.append(f"{kind} {name}")
-    return silent
-
-
-def _leaves(result: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-
-
 def _differs(program: Program, expected: Any, args: Any, kwargs: Any) -> str:
     """How the captured program differs from the model; empty if it does not."""
+    from tests.zoo.compare import gap, tensors
+
     try:
         with torch.no_grad():
             got = program(*args, **kwargs)
     except Exception as error:  # noqa: BLE001  # a program that does not run differs
         return f"does not run: {type(error).__name__}: {str(error)[:200]}"
     return gap(
-        _leaves(got), _leaves(expected), exact_count=not any("captured without output" in n for n in program.notes)
+        tensors(got), tensors(expected), exact_count=not any("captured without output" in n for n in program.notes)
     )
-
-
-def gap(got: list[Tensor], expected: list[Tensor], *, exact_count: bool = True) -> str:
-    """Where two lists of results differ by more than rounding of a whole network; empty if nowhere."""
-    if exact_count and len(got) != len(expected):
-        return f"{len(got)} results instead of {len(expected)}"
-    for position, (a, b) in enumerate(zip(got, expected, strict=False)):
-        if a.shape != b.shape:
-            return f"result {position} has shape {tuple(a.shape)} instead of {tuple(b.shape)}"
-        if not b.is_floating_point():
-            if not torch.equal(a, b):
-                return f"result {position} differs"
-            continue
-        finite = torch.isfinite(b)
-        if not torch.equal(torch.isfinite(a), finite):
-            return f"result {position} is not finite elsewhere"
-        scale = float(b[finite].abs().max()) if bool(finite.any()) else 0.0
-        off = float((a[finite] - b[finite]).abs().max()) if bool(finite.any()) else 0.0
-        if off > 2e-4 * max(scale, 1e-6):
-            return f"result {position} differs by {off:.3g}, the largest value is {scale:.3g}"
-    return ""
 
 
 def _wrong(zoo: Any, model: nn.Module, program: Program) -> tuple[bool | None, str]:
     """Whether the raised program differs from the captured one; None if it was not checked, and why."""
+    from tests.zoo.compare import gap, tensors
+
     try:
         module = importlib.import_module("recast.passes.rules.raise_structures")
     except ImportError as error:
@@ -277,7 +138,7 @@ def _wrong(zoo: Any, model: nn.Module, program: Program) -> tuple[bool | None, s
                 got = raised(*args, **kwargs)
         except Exception as error:  # noqa: BLE001
             return True, f"does not run at batch {batch}, length {length}: {type(error).__name__}: {str(error)[:300]}"
-        if told := gap(_leaves(got), _leaves(expected)):
+        if told := gap(tensors(got), tensors(expected)):
             return True, f"batch {batch}, length {length}: {told}"
     if checked:
         return False, ""
@@ -287,5 +148,5 @@ def _wrong(zoo: Any, model: nn.Module, program: Program) -> tuple[bool | None, s
             expected, got = program(*args, **kwargs), raised(*args, **kwargs)
     except Exception as error:  # noqa: BLE001
         return None, f"not checked: {type(error).__name__}: {str(error)[:200]}"
-    told = gap(_leaves(got), _leaves(expected))
+    told = gap(tensors(got), tensors(expected))
     return bool(told), told

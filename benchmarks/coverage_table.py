@@ -139,8 +139,11 @@ def _causes(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _cell(text: str) -> str:
-    """One line without what is a path of somebody's machine."""
+def without_paths(text: str) -> str:
+    """One line in which no folder of this machine is named: files of installed packages from the package on."""
     line = " ".join(text.split())
-    line = " ".join(w.rsplit("site-packages/", 1)[-1] if "site-packages/" in w else w for w in line.split(" "))
-    return line[:260]
+    return " ".join(w.rsplit("site-packages/", 1)[-1] if "site-packages/" in w else w for w in line.split(" "))
+
+
+def _cell(text: str) -> str:
+    return without_paths(text)[:260]

@@ -23,6 +23,16 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accept", action="store_true", help="rewrite golden files with what the tests found")
+
+
+@pytest.fixture(scope="session")
+def accept(request: pytest.FixtureRequest) -> bool:
+    """Whether golden files are to be rewritten (``pytest --accept``) instead of compared with."""
+    return bool(request.config.getoption("--accept"))
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import dataclasses
 import re
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ _SOFTMAX = {"_softmax", "_safe_softmax", "softmax"}
 _CHOICES = {"topk", "argmax", "sort"}
 _SELECT = {"index", "index_select", "gather", "embedding"}
 _FORGET = {"native_layer_norm", "_fused_rms_norm", "native_group_norm", "arange", "full"}
-_NORM = re.compile(r"\w*Norm(Gated|\dd)?")
+_NORM = re.compile(r"\w*Norm(Gated|\dd|1P)?")
 _NOT_NORM = re.compile(r"\w*BatchNorm\w*|InstanceNorm\w*|WeightNorm\w*")
 
 
@@ -113,7 +113,16 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     watch = _Watch(model)
     with torch.no_grad(), _paths(model, watch), watch:
         result = model(*args, **kwargs)
+    watch.finish([t for t in _leaves(result) if isinstance(t, Tensor)])
     return watch.truth, result
+
+
+def _leaves(result: Any) -> list[Any]:
+    return [
+        inner
+        for leaf in pytree.tree_leaves(result)
+        for inner in (vars(leaf).values() if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor) else [leaf])
+    ]
 
 
 class _Watch(TorchDispatchMode):
@@ -128,8 +137,16 @@ class _Watch(TorchDispatchMode):
         self.weights: dict[int, frozenset[str]] = {}  # of values that are functions of parameters: which
         self.scores: set[int] = set()  # values that come from a product of two activations
 
+        # What was seen counts only if a result of the model depends on it: a pooler nobody asked is in no graph either.
+        self.norm: dict[str, str] = {}
+        self.events: list[tuple[int, Callable[[], None]]] = []
+        self.needs: list[set[int]] = []  # of every operation: those whose results it reads
+        self.made: dict[int, int] = {}  # by which operation a value was made, a storage last written
+        self.written: dict[int, int] = {}
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self._depend(func, args, kwargs, result)
         name = func._schema.name.split("::")[1]
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
@@ -143,10 +160,10 @@ class _Watch(TorchDispatchMode):
             elif len(pair) == 2 and not pair[0] and name not in _CONVOLUTIONS:
                 self._mark(outputs)
         elif _FUSED.fullmatch(name) and name != "scaled_dot_product_attention":
-            self.truth.attention[self.path[-1]] += 1
+            self._attention(self.path[-1])
         elif name in _SOFTMAX:
             if id(tensors[0]) in self.scores:
-                self.truth.attention[self.path[-1]] += 1
+                self._attention(self.path[-1])
         else:
             if name in _CHOICES:
                 self._choice(tensors[0])
@@ -154,6 +171,38 @@ class _Watch(TorchDispatchMode):
                 self._mark(outputs)
         self._derive(name, sources, tensors, outputs)
         return result
+
+    def _depend(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        number = len(self.needs)
+        read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.needs.append({n for t in read for n in self._makers(t)})
+        for output in pytree.tree_leaves(result):
+            if isinstance(output, Tensor):
+                self.made[id(output)] = number
+                weakref.finalize(output, self.made.pop, id(output), None)
+        if func._schema.is_mutable:
+            self.written[read[0].untyped_storage().data_ptr()] = number
+            self.made[id(read[0])] = number
+
+    def _makers(self, tensor: Tensor) -> list[int]:
+        found = (self.made.get(id(tensor)), self.written.get(tensor.untyped_storage().data_ptr()))
+        return [number for number in found if number is not None]
+
+    def _see(self, event: Callable[[], None]) -> None:
+        self.events.append((len(self.needs) - 1, event))
+
+    def finish(self, results: list[Tensor]) -> None:
+        """Keep what results depend on."""
+        live: set[int] = set()
+        waiting = [number for result in results for number in self._makers(result)]
+        while waiting:
+            number = waiting.pop()
+            if number not in live:
+                live.add(number)
+                waiting += self.needs[number]
+        for number, event in self.events:
+            if number in live:
+                event()
 
     def _sources(self, tensor: Tensor) -> frozenset[str]:
         """Parameters that a value is a function of, if of them alone."""
@@ -173,6 +222,13 @@ class _Watch(TorchDispatchMode):
                     self.weights[id(output)] = of
                     self._forget(output)
 
+    def note_norm(self, path: str, kind: str) -> None:
+        """A norm has just been computed."""
+        self._see(lambda: self.truth.norms.setdefault(path, kind) and None)
+
+    def _attention(self, path: str) -> None:
+        self._see(lambda: self.truth.attention.update([path]))
+
     def _mark(self, outputs: list[Tensor]) -> None:
         for output in outputs:
             self.scores.add(id(output))
@@ -189,11 +245,16 @@ class _Watch(TorchDispatchMode):
         weakref.finalize(tensor, gone)
 
     def _product(self, sources: frozenset[str]) -> None:
-        for name in sources:
-            parameter = self.parameters[name]
-            if parameter.ndim >= 2:
-                matrix = self.truth.matrices.setdefault(name, Matrix(name, tuple(parameter.shape)))
-                matrix.paths[self.path[-1]] += 1
+        path = self.path[-1]
+
+        def event() -> None:
+            for name in sources:
+                parameter = self.parameters[name]
+                if parameter.ndim >= 2:
+                    matrix = self.truth.matrices.setdefault(name, Matrix(name, tuple(parameter.shape)))
+                    matrix.paths[path] += 1
+
+        self._see(event)
 
     def _choice(self, scores: Tensor) -> None:
         """A choice among something: is there a module near that holds as many experts?"""
@@ -204,7 +265,7 @@ class _Watch(TorchDispatchMode):
         for up in range(min(3, len(steps)) + 1):
             prefix = ".".join(steps[: len(steps) - up])
             if (found := self._experts(prefix)) is not None:
-                self.truth.routed.setdefault(found.path, found)
+                self._see(lambda: self.truth.routed.setdefault(found.path, found) and None)
                 return
 
     def _experts(self, prefix: str) -> Routed | None:
@@ -232,10 +293,13 @@ def _paths(model: nn.Module, watch: _Watch) -> Iterator[None]:
             watch.path.append(path)
             kind = type(module).__name__
             if _NORM.fullmatch(kind) and not _NOT_NORM.fullmatch(kind) and getattr(module, "weight", None) is not None:
-                watch.truth.norms[path] = kind
+                watch.norm[path] = kind
 
         def leave(*_: Any) -> None:
-            watch.path.pop()
+            path = watch.path.pop()
+            if path in watch.norm:  # its last operation gives its result
+                kind = watch.norm[path]
+                watch.note_norm(path, kind)
 
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
     try:
