@@ -168,7 +168,10 @@ class _Reader:
         norm = self._norm(node)
         if norm is not None and norm.x is not None:
             return [norm.x]
-        return [n for n in node.all_input_nodes if self._computed(n)]
+        read = (
+            node.args[:1] if node.target is aten.type_as.default else node.all_input_nodes
+        )  # the other lends its dtype
+        return [n for n in read if isinstance(n, fx.Node) and self._computed(n)]
 
     def _computed(self, node: fx.Node) -> bool:
         value = node.meta.get("val")

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from recast.patterns.linear.find import product_flops
 from recast.patterns.mlp.hidden import Hidden, read_hidden
-from recast.patterns.moe.routing import FRESH, Router
+from recast.patterns.moe.routing import FRESH, Router, values_read
 from recast.patterns.rules import Surroundings
 from recast.patterns.sites import Piece
 
@@ -93,13 +93,16 @@ def read_tokens(router: Router, around: Surroundings) -> Tokens:
         for user in node.users:
             if user in plain or user in sent or user.op != "call_function" or around.products(user):
                 continue
-            others = [n for n in user.all_input_nodes if n not in plain and n not in sent]
+            read = values_read(user)
+            if node not in read:
+                continue
+            others = [n for n in read if n not in plain and n not in sent]
             chosen = any(n in router.cone for n in others)
             if not all(_beside(n, router, around) for n in others):
                 continue
             getitem = getattr(user.target, "__name__", "") == "getitem"
             if user.target in _VIEWS | _SPREADS or getitem or (chosen and user.target in _CHOSEN):
-                moved = chosen or any(n in sent for n in user.all_input_nodes)
+                moved = chosen or any(n in sent for n in read)
                 (sent if moved else plain)[user] = None
                 queue.append(user)
     return Tokens(x, plain, sent)

@@ -14,7 +14,7 @@ from recast.patterns.linear.find import product_flops
 from recast.patterns.rules import Surroundings
 from recast.patterns.sites import LinearSite, Use
 
-__all__ = ["CHOICES", "FRESH", "Router", "chooses", "read_router"]
+__all__ = ["CHOICES", "FRESH", "Router", "chooses", "read_router", "values_read"]
 
 aten = torch.ops.aten
 
@@ -102,7 +102,7 @@ def _router(choice: fx.Node, around: Surroundings) -> tuple[LinearSite, Use] | s
             continue
         if node.op != "call_function" or product_flops(node):
             return f"the scores depend on '{node.name}', which is no linear of the tokens"
-        for operand in node.all_input_nodes:
+        for operand in values_read(node):
             value = operand.meta.get("val")
             floating = isinstance(value, Tensor) and value.is_floating_point()
             if operand in seen or operand.target in FRESH or not (floating or operand.op == "call_function"):
@@ -140,7 +140,7 @@ def _cone(scores: fx.Node, around: Surroundings) -> dict[fx.Node, None]:
     while waiting:
         _, node = heapq.heappop(waiting)
         if node.op != "call_function" or around.products(node) or not all(
-            _harmless(n, cone, around) for n in node.all_input_nodes
+            _harmless(n, cone, around) for n in values_read(node)
         ):  # fmt: skip
             continue
         cone[node] = None
@@ -149,6 +149,13 @@ def _cone(scores: fx.Node, around: Surroundings) -> dict[fx.Node, None]:
                 queued.add(user)
                 heapq.heappush(waiting, (around.position[user], user))
     return cone
+
+
+def values_read(node: fx.Node) -> list[fx.Node]:
+    """Operands whose values matter: of `type_as`, the other lends its dtype only."""
+    if node.target is aten.type_as.default and isinstance(node.args[0], fx.Node):
+        return [node.args[0]]
+    return node.all_input_nodes
 
 
 def _harmless(node: fx.Node, cone: dict[fx.Node, None], around: Surroundings) -> bool:

@@ -215,8 +215,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.before(x)
-        tokens = self.norm(x).view(-1, H)
+        tokens = self.norm(x).type_as(x).view(-1, H)
         weights, chosen = self.route(self.gate(tokens), self)
+        weights = weights.type_as(x)
         y: Tensor = self.after(x + self.way(tokens, weights.to(x.dtype), chosen, self.experts).view_as(x))
         return y
 
