@@ -98,13 +98,19 @@ class Artifact:
         Parameters
         ----------
         directory
-            Made anew; an existing one is an error unless `force` replaces it.
+            Made anew; an existing one is an error unless `force` replaces it, which only an artifact or an empty folder is.
 
         Raises
         ------
         ArtifactError
-            The directory exists, cannot be written, or the disk is full.
+            The directory exists, is something other than an artifact, cannot be written, or the disk is full.
         """
+        there = Path(directory)
+        if there.is_dir() and any(there.iterdir()) and not (there / "recast.json").is_file():
+            raise ArtifactError(
+                f"artifact: '{directory}' exists and holds something other than an artifact, which is never replaced; "
+                "choose another folder"
+            )
         with writing_folder(directory, force=force) as folder:
             data: dict[str, Any] = {
                 "format": _FORMAT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import sys
 import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +19,7 @@ from recast.patterns.program import Program
 
 __all__ = ["Beside"]
 
-_PATIENCE = 30.0  # seconds in which an idle process has surely ended by itself
+_PATIENCE = 10.0  # seconds in which an idle process has surely ended by itself, and one that was told to has
 
 
 class Beside:
@@ -43,7 +44,9 @@ class Beside:
         if self._pipe is not None:
             self._pipe.close()  # at the end of the pipe it ends by itself
         if self.process is not None:
-            self.process.join(0 if kind else _PATIENCE)
+            if kind is not None:
+                self.process.terminate()
+            self.process.join(_PATIENCE)
             self.process.kill()
             self.process.join()
         self._handed.cleanup()
@@ -96,6 +99,7 @@ class Beside:
 
 def _work(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides what an interrupt ends
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ending in order leaves no semaphores behind
     torch.set_num_threads(1)
     while True:
         try:
