@@ -135,7 +135,7 @@ def _unexplained(missed: dict[str, list[str]], program: Program, found: Recognit
 
 def tensors(result: Any) -> list[Tensor]:
     """All tensors of a result."""
-    return [leaf for leaf in pytree.treetensors(result) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 def gap(got: list[Tensor], expected: list[Tensor], *, exact_count: bool = True) -> str:
