@@ -240,7 +240,7 @@ def test_only_operations_may_be_named(saved: Path, target: str) -> None:
         recast.load(saved)
 
 
-INJECTED = '__import__("os").system("touch /tmp/recast-was-here")'
+INJECTED = '__import__("os").system("touch recast-was-here")'
 INJECTED_NAME = f'x"), {INJECTED}, ("'
 
 
@@ -264,8 +264,11 @@ INJECTED_NAME = f'x"), {INJECTED}, ("'
         lambda d: d.update(format="recast-artifact-0"),
     ],
 )  # fmt: skip
-def test_forged_descriptions_are_refused(saved: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    mark = Path("/tmp/recast-was-here")
+def test_forged_descriptions_are_refused(
+    saved: Path, change: Callable[[dict[str, Any]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mark = tmp_path / "recast-was-here"
     forge(saved, change)
     try:
         with pytest.raises((ArtifactError, TargetError)):
@@ -390,3 +393,19 @@ def test_optimize_does_it_all_and_refuses_early() -> None:
     (row,) = done.report.to_dict()["sites"]
     assert {"name", "form", "bytes_before", "bytes_after", "predicted_error", "measured_error", "kernel"} <= set(row)
     assert 0 < row["measured_error"] < 2 * row["predicted_error"]
+
+
+def test_force_replaces_an_artifact_and_nothing_else(tmp_path: Path) -> None:
+    program = recast.capture(torch.nn.Linear(8, 4).eval(), (torch.randn(3, 8),))
+    artifact = recast.lower(program, "eager")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="holds something other than an artifact"):
+        artifact.save(mine, force=True)
+    assert (mine / "thesis.txt").read_text(encoding="utf-8") == "precious"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    artifact.save(empty, force=True)
+    artifact.save(empty, force=True)
+    assert recast.load(empty).target == "eager"
