@@ -49,26 +49,40 @@ def rotary(
         a, b = (a * cos + b * sin, b * cos - a * sin) if inverse else (a * cos - b * sin, b * cos + a * sin)
         y = torch.stack((a, b), -1).flatten(-2) if layout == "interleaved" else torch.cat((a, b), -1)
     y = y if dtype is None else y.to(dtype)
-    if start or end < x.shape[-1]:
-        y = torch.cat((x[..., :start], y, x[..., end:]), -1)
-    return y
+    return _with_rest(x, y, start, end)
 
 
 def rotary_complex(
-    x: Tensor, turn: Tensor, *, compute: torch.dtype | None = None, dtype: torch.dtype | None = None
+    x: Tensor,
+    turn: Tensor,
+    *,
+    start: int = 0,
+    rotated: int | None = None,
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Rotate neighbouring features, ``(a + ib) turn`` with complex factors ``turn = cos + i sin``.
+    """Rotate neighbouring features, ``(a + ib) turn`` with complex factors ``turn = cos + i sin``; other features pass.
 
     Parameters
     ----------
     x
         (..., features).
     turn
-        Complex, broadcast to (..., features / 2).
+        Complex, broadcast to (..., rotated / 2).
+    start, rotated
+        Which features are rotated; all by default.
     compute, dtype
         Of the rotation and of the result.
     """
-    h = x if compute is None else x.to(compute)
+    end = x.shape[-1] if rotated is None else start + rotated
+    h = x[..., start:end]
+    h = h if compute is None else h.to(compute)
     pairs = torch.view_as_complex(h.reshape(*h.shape[:-1], -1, 2))
     y = torch.view_as_real(pairs * turn).flatten(-2)
-    return y if dtype is None else y.to(dtype)
+    y = y if dtype is None else y.to(dtype)
+    return _with_rest(x, y, start, end)
+
+
+def _with_rest(x: Tensor, y: Tensor, start: int, end: int) -> Tensor:
+    """Join what passes around what was rotated."""
+    return torch.cat((x[..., :start], y, x[..., end:]), -1) if start or end < x.shape[-1] else y

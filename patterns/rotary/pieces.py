@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from recast.patterns.language import Pattern, Scope, State, Trail
+from recast.patterns.norm.site import same_size
 from recast.patterns.program import fixed_size
 
-__all__ = ["Joined", "Part", "joined", "part_read", "range_read"]
+__all__ = ["Joined", "Part", "joined", "part_read", "range_read", "same_rows"]
 
 aten = torch.ops.aten
 
@@ -39,6 +40,12 @@ def _any(args: Any) -> Any:
 
 def _is_last(dim: Any, ndim: int) -> bool:
     return isinstance(dim, int) and dim % ndim == ndim - 1
+
+
+def same_rows(flat: fx.Node, pairs: fx.Node) -> bool:
+    """Whether (..., n) and (..., n / 2, 2) agree in all but the features, for every input: no rows change places between."""
+    rows, others = flat.meta["val"].shape[:-1], pairs.meta["val"].shape[:-2]
+    return len(rows) == len(others) and all(same_size(a, b) for a, b in zip(rows, others, strict=True))
 
 
 def range_read(node: fx.Node) -> tuple[fx.Node, int, int, int, tuple[fx.Node, ...]] | None:
@@ -116,7 +123,9 @@ def part_read(node: fx.Node) -> tuple[fx.Node, str, int, tuple[fx.Node, ...]] | 
     source = _any(pairs.args)[0]
     if _features(source) != (shape[0] - 1, 2 * (fixed_size(pairs.meta["val"].shape[-2]) or 0)):
         return None
-    return (source, "interleaved", index % 2, (pairs, *nodes)) if isinstance(source, fx.Node) else None
+    if not isinstance(source, fx.Node) or not same_rows(source, pairs):
+        return None
+    return source, "interleaved", index % 2, (pairs, *nodes)
 
 
 def joined(node: fx.Node) -> tuple[list[Any], str, tuple[fx.Node, ...]] | None:
@@ -135,7 +144,7 @@ def joined(node: fx.Node) -> tuple[list[Any], str, tuple[fx.Node, ...]] | None:
     # Flattening (..., n, 2) to (..., 2n): neighbours of the result come from different parts.
     if pairs is None or pairs != (shape[0] + 1, 2) or not _is_last(dim, pairs[0]):
         return None
-    if shape[1] != 2 * (fixed_size(stack.meta["val"].shape[-2]) or 0):
+    if shape[1] != 2 * (fixed_size(stack.meta["val"].shape[-2]) or 0) or not same_rows(node, stack):
         return None
     return list(_any(stack.args)[0]), "interleaved", (stack, node)
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from recast.patterns.language import CASTS, COPIES, Any_, Call, Either, Match, Pattern, Scope, Through
 from recast.patterns.norm.site import module_path
 from recast.patterns.rotary.dialect import rotary, rotary_complex
-from recast.patterns.rotary.pieces import Joined, Part, joined, part_read, range_read
+from recast.patterns.rotary.pieces import Joined, Part, joined, part_read, range_read, same_rows
 from recast.patterns.rules import Rule, Surroundings
 from recast.patterns.sites import RotarySite, source_line
 
@@ -84,7 +84,7 @@ def _complex() -> Pattern:
     """``(a + ib) turn`` on neighbours."""
     pairs = Call.of(aten.view_as_complex.default, Call.of(_VIEWS, _X, name="pairs"))
     product = Call.of(_MUL, pairs, Any_("turn"), commutes=True, name="core")
-    return Call.of(_VIEWS, Call.of(aten.view_as_real.default, product), where=_is_real)
+    return Call.of(_VIEWS, Call.of(aten.view_as_real.default, product), where=_is_real, name="flat")
 
 
 def _is_real(node: fx.Node, scope: Scope) -> bool:
@@ -145,18 +145,11 @@ def _build(match: Match, around: Surroundings) -> RotarySite | str:
         if layout == "half" or not _is_pairwise(match):
             return f"features are taken as {layout} pairs and joined as {joined_by} ones"
         layout = "unwoven"
-    size = int(value.shape[-1])
-    start, whole = 0, x
-    rest = match.get("after", match.get("before"))
+    found = _place(match, x)
+    if isinstance(found, str):
+        return found
+    source, start = found
     compute = _val(match["core"]).dtype
-    if rest is not None:
-        found = _whole(x, rest, size, before="before" in match.bound)
-        if isinstance(found, str):
-            return found
-        whole, start = found
-    source = _source(whole)
-    if rest is not None and _val(match.root).dtype != _val(source).dtype:
-        source = whole
     return _site(
         match,
         "rotary",
@@ -164,11 +157,26 @@ def _build(match: Match, around: Surroundings) -> RotarySite | str:
         cos=match["cos"],
         sin=match["sin"],
         layout=layout,
-        rotated=size,
+        rotated=int(value.shape[-1]),
         start=start,
         inverse="inverse" in match.bound,
         compute=compute if compute != _val(source).dtype else None,
     )
+
+
+def _place(match: Match, x: fx.Node) -> tuple[fx.Node, int] | str:
+    """What is rotated, with the features that pass, and where the rotated ones begin in it."""
+    rest = match.get("after", match.get("before"))
+    if rest is None:
+        return _source(x), 0
+    if not isinstance(rest, fx.Node):
+        return f"'{rest}' is joined to the result, and is no tensor"
+    found = _whole(x, rest, before="before" in match.bound)
+    if isinstance(found, str):
+        return found
+    whole, start = found
+    source = _source(whole)
+    return (source if _val(match.root).dtype == _val(source).dtype else whole), start
 
 
 def _is_pairwise(match: Match) -> bool:
@@ -176,7 +184,7 @@ def _is_pairwise(match: Match) -> bool:
     return any(node.target in _SUB for node in match.nodes)
 
 
-def _whole(x: fx.Node, rest: fx.Node, size: int, *, before: bool) -> tuple[fx.Node, int] | str:
+def _whole(x: fx.Node, rest: fx.Node, *, before: bool) -> tuple[fx.Node, int] | str:
     """What x and the features that pass are parts of, and where x begins in it."""
     mine, other = range_read(_uncast(x)), range_read(_uncast(rest))
     if mine is None or other is None or _uncast(mine[0]) is not _uncast(other[0]) or mine[3] != 1 or other[3] != 1:
@@ -189,13 +197,18 @@ def _whole(x: fx.Node, rest: fx.Node, size: int, *, before: bool) -> tuple[fx.No
 
 
 def _build_complex(match: Match, around: Surroundings) -> RotarySite | str:
-    x, pairs, root = match["x"], match["pairs"], match.root
-    value, shape = _val(x), _val(pairs).shape
-    if len(shape) != value.ndim + 1 or shape[-1] != 2 or 2 * shape[-2] != value.shape[-1]:
+    x, pairs = match["x"], match["pairs"]
+    value, shape, flat = _val(x), _val(pairs).shape, match["flat"]
+    if len(shape) != value.ndim + 1 or shape[-1] != 2 or 2 * shape[-2] != value.shape[-1] or not same_rows(x, pairs):
         return f"'{x.name}' is not seen as pairs of neighbours"
-    if len(_val(root).shape) != value.ndim or not _val(match["turn"]).is_complex():
+    if _val(flat).shape[-1] != value.shape[-1] or not same_rows(flat, flat.args[0]):
         return "the result is not arranged as what was rotated"
-    source = _source(x)
+    if not isinstance(match["turn"], fx.Node) or not _val(match["turn"]).is_complex():
+        return f"'{match['turn']}' holds no complex factors"
+    found = _place(match, x)
+    if isinstance(found, str):
+        return found
+    source, start = found
     return _site(
         match,
         "rotary_complex",
@@ -203,6 +216,7 @@ def _build_complex(match: Match, around: Surroundings) -> RotarySite | str:
         cos=match["turn"],
         layout="interleaved",
         rotated=int(value.shape[-1]),
+        start=start,
         compute=value.dtype if value.dtype != _val(source).dtype else None,
     )
 
@@ -211,16 +225,20 @@ def _emit(site: RotarySite) -> Any:
     assert site.x is not None
     assert site.node is not None
     value = _val(site.x)
-    options: dict[str, Any] = {"layout": site.layout}
-    if site.rotated != value.shape[-1]:
-        options |= {"start": site.start, "rotated": site.rotated}
+    options: dict[str, Any] = {"layout": site.layout} | _range(site)
     options |= {"inverse": True} if site.inverse else {}
     return rotary, (site.x, site.cos, site.sin), options | _dtypes(site, value.dtype)
 
 
 def _emit_complex(site: RotarySite) -> Any:
     assert site.x is not None
-    return rotary_complex, (site.x, site.cos), _dtypes(site, _val(site.x).dtype)
+    return rotary_complex, (site.x, site.cos), _range(site) | _dtypes(site, _val(site.x).dtype)
+
+
+def _range(site: RotarySite) -> dict[str, Any]:
+    """Which features are rotated, if not all."""
+    whole = site.rotated == _val(site.x).shape[-1]  # type: ignore[arg-type]
+    return {} if whole else {"start": site.start, "rotated": site.rotated}
 
 
 def _dtypes(site: RotarySite, start: torch.dtype) -> dict[str, Any]:
