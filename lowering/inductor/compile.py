@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,14 @@ class _Flat(nn.Module):
         return self.graph_module(*leaves)
 
 
+def _own_code(program: Program) -> nn.Module:
+    """The module with code of its own: dynamo counts recompilations by code, and programs are no recompilations of each other."""
+    code = _Flat.forward.__code__.replace(co_name="forward")
+    forward = types.FunctionType(code, _Flat.forward.__globals__, "forward")
+    kind: type[_Flat] = type("_Flat", (_Flat,), {"forward": forward})
+    return kind(program).eval()
+
+
 def _settings(kernels: Mapping[str, str], freezing: bool, options: Mapping[str, Any]) -> dict[str, Any]:
     """Inductor's options for a program; those that were given win."""
     settings: dict[str, Any] = {"freezing": True} if freezing else {}
@@ -51,7 +60,7 @@ def compile_program(
     """Compile a program without operator nodes: for the first shapes as they are, from the second on for any that capture left free."""
     _import_inductor()
     settings = _settings(kernels, freezing, options)
-    compiled: Callable[..., Any] = torch.compile(_Flat(program).eval(), fullgraph=True, dynamic=None, options=settings)
+    compiled: Callable[..., Any] = torch.compile(_own_code(program), fullgraph=True, dynamic=None, options=settings)
     return compiled
 
 

@@ -78,3 +78,13 @@ def test_codes_that_would_saturate_are_not_given_to_the_integer_product(
     x = torch.randn(3, 4, 63)
     with torch.no_grad():
         assert_close(recast.lower(rewritten, "eager")(x), rewritten(x), terms=1)
+
+
+def test_many_programs_in_one_process_are_no_recompilations_of_each_other() -> None:
+    torch._dynamo.reset()
+    limit = torch._dynamo.config.recompile_limit
+    for width in range(2, limit + 4):
+        model = torch.nn.Linear(width, 3).eval()
+        x = torch.randn(4, width)
+        artifact = recast.lower(recast.capture(model, (x,)), "inductor")
+        assert_close(artifact(x), model(x), terms=width)
