@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from recast.passes.forms.stats import Stats
 from recast.passes.progress import track
@@ -51,6 +51,9 @@ class Calibration:
     members: dict[str, str]
     probe: list[Any] = dataclasses.field(default_factory=list)
     weights: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<Calibration of {len(self.members)} sites on {self.tokens:,} tokens, program {self.fingerprint[:12]}>"
 
     def __getitem__(self, site: str) -> Stats:
         return self.groups[self.members[site]]
@@ -261,7 +264,10 @@ def calibrate(
         if not count:
             probe = leaves
         with torch.no_grad():
-            _Collector(program, points, running).run(*leaves)
+            try:
+                _Collector(program, points, running).run(*leaves)
+            except CalibrationError as error:  # torch adds where in its graph it was, in many lines
+                raise CalibrationError(str(error.args[0]).split("\n")[0]) from None
         count += 1
     if not count:
         raise CalibrationError(
@@ -343,8 +349,7 @@ class _Collector(fx.Interpreter):
                 vectors = _routed(use, self.env[use.x], self.routes[use.routing.index])
             if not bool(torch.isfinite(vectors).all()):
                 raise CalibrationError(
-                    f"calibration: what flows into {self.names[key]} is not finite in this batch; check the batch for NaN or "
-                    "infinity, or calibrate in float32"
+                    f"calibration: what flows into {self.names[key]} is not finite in this batch; {_culprit(self.module)}"
                 )
             self.running[key].add(vectors)
         return value
@@ -373,6 +378,15 @@ def _routed(use: Use, x: Tensor, route: Tensor | None) -> Tensor:
     return vectors[mine.expand(vectors.shape[:-1])]
 
 
+def _culprit(module: nn.Module) -> str:
+    """Where values that are not finite may come from: a weight that is not finite itself, or the data."""
+    for name, weight in [*module.named_parameters(), *module.named_buffers()]:
+        # Masks hold infinities on purpose, NaN never.
+        if weight.is_floating_point() and bool(weight.isnan().any()):
+            return f"the weight '{name}' holds NaN; repair it"
+    return "check the batch for NaN or infinity, or calibrate in float32"
+
+
 def _leaves(program: Program, batch: Any, number: int) -> list[Any]:
     try:
         if isinstance(batch, Tensor):
@@ -382,7 +396,10 @@ def _leaves(program: Program, batch: Any, number: int) -> list[Any]:
         else:
             leaves = program.flatten(*batch)
     except TypeError as error:
-        raise CalibrationError(f"calibration: batch {number} does not fit the program: {error}") from error
+        raise CalibrationError(
+            f"calibration: batch {number} does not fit the program: {error}. A batch is a tensor, a tuple of the positional "
+            "inputs, or a dictionary of all inputs by name"
+        ) from error
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise CalibrationError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from recast.passes.dead import remove_dead
 from recast.patterns.program import Program
 
 __all__ = ["has_dialect", "inline_dialect", "is_dialect"]
@@ -44,7 +45,7 @@ def inline_dialect(program: Program) -> Program:
     for node in list(result.graph.nodes):
         if is_dialect(node):
             _inline(result.graph, node)
-    result.graph.eliminate_dead_code()
+    remove_dead(result.graph)
     result.graph.lint()
     result.module.recompile()
     return result

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -66,7 +67,7 @@ class Evaluator:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n] if known else n.meta["val"])
         env = self.mode.shape_env
         guards: Any = env.ignore_fresh_unbacked_symbols() if env else contextlib.nullcontext()
-        with self.mode, guards, torch.no_grad():
+        with self.mode, guards, torch.no_grad(), enable_python_dispatcher():
             if node.op == "call_module":
                 module = self.program.module.get_submodule(str(node.target))
                 return module.outline(*args, **kwargs)  # type: ignore[operator]

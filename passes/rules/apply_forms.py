@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from recast.passes.base import Context, Pass, Soundness
+from recast.passes.dead import remove_dead
 from recast.passes.forms.algebra import RowStack
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.meta import propagate
@@ -58,7 +59,7 @@ class ApplyForms(Pass):
             set_by_path(result.module, path, module)
             for node in nodes:
                 _replace(result, node, path)
-        result.graph.eliminate_dead_code()  # weights that nothing reads any more
+        remove_dead(result.graph)  # weights that nothing reads any more
         propagate(result)
         result.graph.lint()
         result.module.recompile()

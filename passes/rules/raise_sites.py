@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from recast.passes.base import Context, Pass, Soundness
+from recast.passes.dead import remove_dead
 from recast.passes.meta import propagate
 from recast.patterns.linear.find import find_linear
 from recast.patterns.program import Program
@@ -52,7 +53,7 @@ class RaiseSites(Pass):
         for uses in products.values():
             if any(name in planned for name, _ in uses):
                 raised += _raise(result.graph, uses, planned)
-        result.graph.eliminate_dead_code()
+        remove_dead(result.graph)
         propagate(result)
         result.graph.lint()
         result.module.recompile()

@@ -182,7 +182,7 @@ def _mask(steps: Steps, product: fx.Node, around: Surroundings) -> tuple[str, fx
         return "bias", node
     seen = _above(node, 80)
     names = [str(getattr(n.target, "_opname", "")) for n in seen]
-    if any(n in _CAUSAL for n in names):
+    if any(n in _CAUSAL and _compares_positions(node) for n, node in zip(names, seen, strict=True)):
         window = any(
             str(getattr(n.target, "_opname", "")) in ("sub", "gt", "lt", "le", "ge")
             and any(isinstance(a, int) and abs(a) > 1 for a in n.args)
@@ -190,6 +190,14 @@ def _mask(steps: Steps, product: fx.Node, around: Surroundings) -> tuple[str, fx
         )
         return ("sliding" if window else "causal"), node
     return ("additive" if kinds[0] == "add" else "boolean"), node
+
+
+def _compares_positions(node: fx.Node) -> bool:
+    """Whether a comparison is one of two values, each with several elements: of positions of queries with positions of keys."""
+    if "tri" in str(node.target):
+        return True
+    sides = [a for a in node.args[:2] if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
+    return len(sides) == 2 and all(a.meta["val"].ndim > 0 and a.meta["val"].numel() != 1 for a in sides)
 
 
 def _learned(mask: fx.Node, around: Surroundings) -> bool:

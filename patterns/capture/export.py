@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any, TypeAlias
@@ -223,6 +224,11 @@ def _explain(model: nn.Module, failure: Exception | None) -> str:
     if own:
         code = (own[-1].code_context or [""])[0].strip()
         where = f'File "{own[-1].filename}", line {own[-1].lineno}, in {own[-1].function}: {code}'
+    if found := re.search(r"<class '?([\w.]+)'?> in (\w+), which is not a known type", text):
+        return (
+            f"capture: {type(model).__name__} has a {found[1]} in its {found[2]}, which torch.export cannot take apart; return a tuple "
+            "or a dictionary, or register it (torch.export.register_dataclass for a dataclass)"
+        )
     return (
         f"capture: {type(model).__name__} cannot be traced as one graph: {first}"
         + (f" (at {where})" if where else "")

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -121,6 +122,11 @@ def _say(text: str) -> None:
     """What happens, on standard error and on a terminal only."""
     if sys.stderr.isatty():
         Console(stderr=True, highlight=False).print(Text(text, style="dim"))
+
+
+def _tell(text: str) -> None:
+    """What happens, on standard error, with the time: for work of minutes, on a terminal or in a log."""
+    Console(stderr=True, highlight=False).print(Text(f"{time.strftime('%H:%M:%S')} {text}", style="dim"))
 
 
 @app.callback(invoke_without_command=True)
@@ -273,10 +279,18 @@ def compare(
         report.write_text(page(written or {}, title="recast compare", rows=rows), encoding="utf-8")
     if as_json:
         _print_json({"rows": rows, "on": str(on), "batches": len(batches), "rounds": rounds})
+        _all_ran(rows)
         return
     shape = {name: tuple(value.shape) for name, value in batches[0].items()}
     title = f"{len(batches)} batches of {on.name}, the first timed: " + ", ".join(f"{n} {s}" for n, s in shape.items())
     _out().print(comparison_table(rows, title))
+    _all_ran(rows)
+
+
+def _all_ran(rows: list[dict[str, Any]]) -> None:
+    """End with the status of bad input if a model could not be compared: a script must not take that for success."""
+    if any("error" in row for row in rows):
+        raise typer.Exit(2)
 
 
 @app.command("forms", epilog="Example: [bold]recast forms --json[/bold]")
@@ -329,7 +343,7 @@ def demo(
     from recast.demo import run_demo
     from recast.passes.render import comparison_table
 
-    result = run_demo(out, targets=targets.split(","), batch=batch, rounds=rounds, force=force, say=_say)
+    result = run_demo(out, targets=targets.split(","), batch=batch, rounds=rounds, force=force, say=_tell)
     if as_json:
         _print_json(result)
         return

@@ -136,6 +136,11 @@ def _lines(file: Path, model: Model, size: int, limit: int | None) -> list[Batch
         if strange := [i for i, row in enumerate(rows, 1) if not isinstance(row.get("text"), str)]:
             raise CalibrationError(f"data: line {strange[0]} of '{file}' has no \"text\", unlike the first")
         return tokenized([row["text"] for row in rows], model, size)
+    known = [*model.inputs, *(["text"] if model.has_tokenizer else [])]
+    if strange_names := [name for name in rows[0] if name not in known]:
+        raise CalibrationError(
+            f"data: '{file}' has \"{strange_names[0]}\", which is no input of the model; {nearest(strange_names[0], known)}"
+        )
     batches = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]

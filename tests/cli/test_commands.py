@@ -48,7 +48,9 @@ def test_inspect_json_is_the_coverage(cli: Cli, here: Path) -> None:
     data = cli("inspect", "little:make", "--json").json
     assert data["parameters"] == {"total": 4096, "matched": 4096}
     assert data["sites"]["linear"] == 2
-    assert [s["name"] for s in data["site_list"]] == ["up", "down"]
+    assert [s["name"] for s in data["site_list"] if s["kind"] == "linear"] == ["up", "down"]
+    (block,) = [s for s in data["site_list"] if s["kind"] == "mlp"]
+    assert (block["up"], block["down"]) == ("up", "down")
     assert data["misses"]
     assert all(m["reason"] for m in data["misses"])
 

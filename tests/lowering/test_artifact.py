@@ -409,3 +409,23 @@ def test_force_replaces_an_artifact_and_nothing_else(tmp_path: Path) -> None:
     artifact.save(empty, force=True)
     artifact.save(empty, force=True)
     assert recast.load(empty).target == "eager"
+
+
+def test_masked_multi_head_attention_comes_back(tmp_path: Path) -> None:
+    """Its products add the mask (`baddbmm`), whose shapes torch works out for free sizes in Python only."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            found: Tensor = self.attention(x, x, x, key_padding_mask=~mask)[0]
+            return found
+
+    model, x, mask = Masked().eval(), torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)
+    artifact = recast.optimize(model, (x, mask), recipe="int8", target="eager")
+    artifact.save(tmp_path / "out")
+    again = recast.load(tmp_path / "out")
+    assert torch.equal(again(x, mask), artifact(x, mask))
+    assert again(torch.randn(3, 7, 16), torch.ones(3, 7, dtype=torch.bool)).shape == (3, 7, 16)

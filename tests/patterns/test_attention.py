@@ -246,3 +246,20 @@ def test_dialect_bounds_and_masks_in_order() -> None:
     mine = attention(q, k.mT, v, (keep,), kinds=("keep",), fills=(-1e30,), softcap=3.0)
     scores = 3 * torch.tanh((q @ k.mT) / math.sqrt(D) / 3)
     assert_close(mine, scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v, terms=D)
+
+
+def test_a_padding_mask_made_of_comparisons_is_not_causal() -> None:
+    class Padded(Block):
+        def forward(self, x: Tensor, mask: Tensor, context: Tensor | None = None) -> Tensor:
+            positions = torch.arange(x.shape[1])
+            keep = mask[:, :1, :] & (positions >= 0)
+            return super().forward(x, (~keep).expand(-1, x.shape[1], -1))
+
+    class Causal(Block):
+        def forward(self, x: Tensor, mask: Tensor, context: Tensor | None = None) -> Tensor:
+            positions = torch.arange(x.shape[1])
+            return super().forward(x, (positions[None, :] > positions[:, None]) & mask)
+
+    for model, kind in ((Padded(plain), "additive"), (Causal(plain), "causal")):
+        (site,) = attentions(recast.capture(model.eval(), inputs()))
+        assert site.mask == kind
