@@ -39,7 +39,8 @@ def generated(model: Any, ids: Tensor) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Any:
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("RECAST_CACHE", "off")
     torch._dynamo.reset()
     backend.reset()
     yield
