@@ -115,6 +115,8 @@ def _of_operation(product: fx.Node, around: Surroundings) -> Steps:
     if isinstance(mask, fx.Node):
         boolean = mask.meta["val"].dtype == torch.bool
         steps.masks.append(("keep" if boolean else "add", mask, None))
+    if named.get("dropout_p"):
+        steps.reason = "it drops some of its weights at random"
     if named.get("is_causal"):
         steps.masks.append(("causal", None, None))
     return steps

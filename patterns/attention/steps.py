@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def _read(user: fx.Node, before: fx.Node, steps: Steps, scope: Scope) -> None:
             -1 / _last_factor(user, before, scope),
             steps.scale / _last_factor(user, before, scope),
         )
-    elif name == "add" and isinstance(other, fx.Node):
+    elif name == "add" and isinstance(other, fx.Node) and scope.named(user).get("alpha", 1) == 1:
         steps.masks.append(("add", other, None))
     elif name == "masked_fill":
         _fill(steps, "drop", operands[1], operands[2], scope)
@@ -99,10 +100,22 @@ def _read(user: fx.Node, before: fx.Node, steps: Steps, scope: Scope) -> None:
         _fill(steps, "keep" if keeps else "drop", operands[0], operands[2 if keeps else 1], scope)
     elif name == "cat":
         steps.sinks = next(o for o in operands[0] if o is not before)
-    elif name in ("sub", "slice", "amax", "max"):
-        return
+    elif name == "sub" and operands[0] is before and _is_maximum(other, before, scope):
+        return  # changes nothing behind a softmax
     else:
         steps.reason = f"'{user.name}' ({name}) is no step that has a canonical place"
+
+
+def _is_maximum(value: Any, scores: fx.Node, scope: Scope) -> bool:
+    """Whether a value is the largest score of each row."""
+    while isinstance(value, fx.Node) and (value.target in COPIES or value.target is operator.getitem):
+        value = value.args[0]
+    if not isinstance(value, fx.Node) or value.target not in (aten.amax.default, aten.max.dim):
+        return False
+    named = scope.named(value)
+    dimension = named["dim"]
+    last = {-1, scores.meta["val"].ndim - 1}
+    return value.args[0] is scores and (dimension in last if isinstance(dimension, int) else set(dimension) <= last)
 
 
 def _fill(steps: Steps, kind: str, mask: Any, value: Any, scope: Scope) -> None:

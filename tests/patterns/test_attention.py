@@ -263,3 +263,17 @@ def test_a_padding_mask_made_of_comparisons_is_not_causal() -> None:
     for model, kind in ((Padded(plain), "additive"), (Causal(plain), "causal")):
         (site,) = attentions(recast.capture(model.eval(), inputs()))
         assert site.mask == kind
+
+
+def test_a_bias_that_is_subtracted_or_scaled_is_not_dropped() -> None:
+    """Only the largest score of a row may be taken off for nothing."""
+
+    def subtracted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return ((q @ k.mT) - 3 * mask).softmax(-1) @ v
+
+    def scaled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return torch.add(q @ k.mT, mask, alpha=3).softmax(-1) @ v
+
+    for core in (subtracted, scaled):
+        (site,) = attentions(recast.capture(Block(core).eval(), inputs()))
+        assert any(note.startswith("not raised") for note in site.notes), core
