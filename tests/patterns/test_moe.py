@@ -149,9 +149,12 @@ def in_runs(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def fallback(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    import transformers.integrations.moe  # noqa: F401  # defines the operation
+def define_fallback() -> None:
+    """The operation is defined where this is imported: not while a model is traced, when classes do not register."""
+    import transformers.integrations.moe  # noqa: F401
 
+
+def fallback(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     result: Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight, offs=ends)
     return result
 
@@ -233,6 +236,7 @@ class Model(nn.Module):
 
 
 def made(way: Way, route: Route = renormalised) -> tuple[nn.Module, Program]:
+    define_fallback()
     model = Model(way, route).eval()
     dtype = torch.float64 if way.double else torch.bfloat16
     model = model.to(dtype)
