@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from recast.lowering.base import Lowering, Runner, lowering_named
-from recast.lowering.serialize import program_from, program_to
-from recast.lowering.spec import decode_spec, encode_spec
+from recast.passes.serialize import program_from, program_to
+from recast.passes.spec import decode_spec, encode_spec
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import calibrate
 from recast.passes.plan import Plan, plan

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recast.passes.base import Context, Pass, Pipeline, Soundness, discover
+from recast.passes.base import Context, Pipeline, Soundness, discover
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration
+from recast.passes.failure import verify
 from recast.passes.plan import Plan
 from recast.passes.report import Report, fidelity
-from recast.passes.verify import inputs_of, verify
+from recast.passes.verify import inputs_of
 from recast.patterns.errors import PlanError, nearest
 from recast.patterns.find import coverage
 from recast.patterns.linear.find import find_linear
@@ -96,7 +97,9 @@ def rewrite(
     passes: dict[str, dict[str, Any]] = {}
     for step in pipeline.passes:
         following = step.run(current, context)
-        passes[str(step)] = _checked(current, following, step, list(passes), context, verification)
+        passes[str(step)] = {"soundness": step.soundness.value, "verified": False}
+        if verification:
+            passes[str(step)] = verify(program, current, following, step, list(passes)[:-1], context)
         current = following
     if current is program:
         current = program.copy()
@@ -113,14 +116,6 @@ def rewrite(
         notes=list(program.notes),
     )
     return current
-
-
-def _checked(
-    before: Program, after: Program, step: Pass, done: list[str], context: Context, verification: bool
-) -> dict[str, Any]:
-    if verification:
-        return verify(before, after, step, done, context)
-    return {"soundness": step.soundness.value, "verified": False}
 
 
 def _check(program: Program, plan: Plan, calibration: Calibration | None) -> None:

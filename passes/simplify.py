@@ -11,8 +11,9 @@ from recast.passes.base import Context, Pass, Pipeline, Soundness, discover
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration
 from recast.passes.exact import ExactPass, Note
+from recast.passes.failure import verify
 from recast.passes.plan import Plan
-from recast.passes.verify import exact_bound, verify
+from recast.passes.verify import exact_bound
 from recast.patterns.errors import PlanError, VerificationError
 from recast.patterns.program import Program
 
@@ -138,7 +139,7 @@ def simplify(
         if isinstance(step, ExactPass) and not note.done:
             checked, following = {"verified": verification, "unchanged": True}, current
         elif verification:
-            checked = verify(current, following, step, [s.name for s in done], context)
+            checked = verify(program, current, following, step, [s.name for s in done], context)
         done.append(Step(str(step), (type(step).__doc__ or "").strip().splitlines()[0], note, checked))
         current = following
     if current is program:

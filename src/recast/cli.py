@@ -1,4 +1,4 @@
-"""The command line: ``recast demo | inspect | optimize | compare | forms | explain``."""
+"""The command line: ``recast demo | inspect | optimize | compare | forms | explain | replay``."""
 
 from __future__ import annotations
 
@@ -326,6 +326,37 @@ def explain(
     console = _out()
     for part in explanation(found):
         console.print(part)
+
+
+@app.command(epilog="Example: [bold]recast replay /tmp/recast-verification-k3x9[/bold]")
+def replay(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="What a failed verification wrote.", show_default=False)
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Run the passes of a failed verification again; ends with 1 if the failure is still there."""
+    from recast.passes.failure import read_failure
+    from recast.passes.failure import replay as run_again
+    from recast.patterns.errors import VerificationError
+
+    failure = read_failure(folder)
+    said: list[str] = []
+    found: dict[str, Any] = {"pipeline": str(failure.pipeline), "then": failure.message, "torch": failure.torch}
+    try:
+        run_again(failure, said.append)
+        found["now"] = None
+    except VerificationError as error:
+        found["now"] = str(error)
+    if as_json:
+        _print_json({**found, "passes": said})
+    else:
+        console = _out()
+        for line in [f"pipeline: {failure.pipeline}", f"then (torch {failure.torch}): {failure.message}", *said]:
+            console.print(Text(line), soft_wrap=True)
+        console.print(Text(found["now"] or "now: every pass is verified"), soft_wrap=True)
+    if found["now"] is not None:
+        raise typer.Exit(MISSED)
 
 
 @app.command(epilog="Example: [bold]recast demo --out recast-demo[/bold]")

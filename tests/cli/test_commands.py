@@ -23,7 +23,7 @@ def leftovers(folder: Path) -> list[str]:
 def test_help_of_every_command_shows_an_example(cli: Cli) -> None:
     done = cli("--help")
     assert done.status == 0
-    for command in ("demo", "inspect", "optimize", "compare", "forms", "explain"):
+    for command in ("demo", "inspect", "optimize", "compare", "forms", "explain", "replay"):
         assert command in done.out
         shown = cli(command, "--help")
         assert shown.status == 0

@@ -14,7 +14,7 @@ from recast.passes.base import Context, Pipeline, Soundness
 from recast.passes.cache import OperatorCache
 from recast.passes.plan import Plan
 from recast.passes.rules.cast import Cast, main_dtype
-from recast.passes.verify import bounded_bound, verify
+from recast.passes.verify import bounded_bound
 from recast.patterns.errors import PlanError
 from recast.patterns.program import Program
 
@@ -26,7 +26,7 @@ def cast(program: Program, dtype: str, *, check: bool = True) -> Program:
     step = Cast(dtype)
     result = step.run(program, context)
     if check:
-        verify(program, result, step, [], context)
+        check(program, result, step, context)
     return result
 
 

@@ -16,7 +16,7 @@ from recast.passes.plan import Plan
 from recast.passes.report import fidelity
 from recast.passes.rules.cast import Cast
 from recast.passes.rules.raise_structures import RaiseStructures, raise_program
-from recast.passes.verify import coarsest_dtype, exact_bound, verify
+from recast.passes.verify import check, coarsest_dtype, exact_bound
 from recast.patterns.capture.export import capture
 from recast.patterns.program import Program
 from tests.zoo.generator import build, vary
@@ -84,7 +84,7 @@ def test_verified(dtype: torch.dtype) -> None:
     program = capture(model, (torch.randn(2, 5, D, dtype=dtype),))
     step = RaiseStructures("norm+rotary")
     raised = step.run(program, context())
-    assert verify(program, raised, step, [], context())["verified"]
+    assert check(program, raised, step, context())["verified"]
     for batch, length in ((1, 7), (3, HEADS), (2, 1)):
         x = torch.randn(batch, length, D, dtype=dtype)
         same(model(x), raised(x), exact_bound(coarsest_dtype(program)))

@@ -1,6 +1,7 @@
 """A pass that breaks something is caught and named, whatever it breaks, and both graphs are written down."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, fx, nn
 
 import recast
+from recast.cli import run
 from recast.passes import rewrite as rewriting
 from recast.passes.base import Context, Pass, Pipeline, Soundness
 from recast.passes.cache import OperatorCache
+from recast.passes.failure import read_failure, replay, verify
 from recast.passes.module import OperatorModule
 from recast.passes.plan import Plan
 from recast.passes.rules.apply_forms import ApplyForms
-from recast.passes.verify import bounded_bound, exact_bound, probe_inputs, product_depth, verify
+from recast.passes.verify import bounded_bound, exact_bound, probe_inputs, product_depth
 from recast.patterns.errors import PlanError, VerificationError
 from recast.patterns.program import Program, set_by_path
 
@@ -142,7 +145,7 @@ def test_each_kind_of_damage_is_caught_named_and_written_down(
 ) -> None:
     step = Broken(damage)
     with pytest.raises(VerificationError, match=message) as caught:
-        verify(program, step.run(program, context()), step, ["raise_sites", "apply_forms"], context())
+        verify(program, program, step.run(program, context()), step, ["raise_sites", "apply_forms"], context())
     text = str(caught.value)
     assert text.startswith("verification: pass 'broken' broke the program: ")
     assert "passes before it: raise_sites, apply_forms" in text
@@ -155,9 +158,99 @@ def test_each_kind_of_damage_is_caught_named_and_written_down(
     assert "sites: {}" in (folder / "plan.yaml").read_text()
 
 
+@dataclasses.dataclass(frozen=True)
+class Swap(Pass):
+    """Puts another activation in the place of relu."""
+
+    name: ClassVar[str] = "swap_activation"
+    soundness: ClassVar[Soundness] = Soundness.EXACT
+    by: str = "tanh"
+
+    def run(self, program: Program, context: Context) -> Program:
+        result = program.copy()
+        node(result, "relu").target = getattr(aten, self.by).default
+        result.module.recompile()
+        return result
+
+
+def fail(program: Program, monkeypatch: pytest.MonkeyPatch, by: str = "tanh") -> tuple[str, str]:
+    """Let a pass at the end of a real rewrite break the program; gives the message and the folder."""
+    steps = (*Pipeline.parse("raise_sites,apply_forms").passes, Swap(by))
+    monkeypatch.setattr(rewriting, "pipeline_for", lambda plan: Pipeline(steps))
+    statistics = recast.calibrate(program, [(torch.randn(70, 32),)])
+    with pytest.raises(VerificationError) as caught:
+        recast.rewrite(program, recast.plan(program, "int8", calibration=statistics))
+    text = str(caught.value)
+    found = re.search(r"to run it again: recast replay (\S+)$", text)
+    assert found is not None, text
+    return text, found.group(1)
+
+
+def test_a_failure_runs_again_from_its_folder(
+    program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, folder = fail(program, monkeypatch)
+    failure = read_failure(folder)
+    assert str(failure.pipeline) == "raise_sites,apply_forms,swap_activation"
+    assert failure.context.plan.entries.keys() == {"first", "second"}
+    assert failure.context.calibration is not None
+    said: list[str] = []
+    with pytest.raises(VerificationError) as again:
+        replay(failure, said.append)
+    assert [line.split(":")[0] for line in said] == ["raise_sites", "apply_forms"]
+    figure = re.compile(r"output 0 differs by (\S+)")
+    assert figure.findall(str(again.value)) == figure.findall(text) != []
+    assert run(["replay", folder, "--json"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["now"] == str(again.value)
+    assert printed["passes"] == said
+
+
+def test_a_failure_that_is_mended_replays_to_the_end(
+    program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = fail(program, monkeypatch)
+    (Path(folder) / "pipeline.txt").write_text("raise_sites,apply_forms,swap_activation{by=relu}\n")
+    assert run(["replay", folder]) == 0
+    assert "every pass is verified" in capsys.readouterr().out
+
+
+def test_a_program_without_its_dense_weights_is_not_replayed(program: Program) -> None:
+    step = Swap()
+    released = recast.capture(Model().eval(), (torch.randn(3, 32),))
+    released.weights["first.weight"].untyped_storage().resize_(0)
+    with pytest.raises(VerificationError, match="cannot be replayed: its dense weights were released"):
+        verify(released, program, step.run(program, context()), step, [], context())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "program.json").unlink(), "holds no program.json"),
+        (lambda folder: (folder / "program.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "program.json").write_text('{"format": "other"}'), "has format 'other'"),
+        (lambda folder: (folder / "program.safetensors").write_bytes(b"cut"), "cannot be read"),
+        (lambda folder: (folder / "pipeline.txt").write_text("swap_actvation"), "did you mean 'swap_activation'"),
+    ],
+)
+def test_damaged_failures_are_refused(
+    program: Program,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], object],
+    message: str,
+) -> None:
+    _, folder = fail(program, monkeypatch)
+    damage(Path(folder))
+    assert run(["replay", folder]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert not printed.out
+
+
 def test_what_is_right_passes(program: Program) -> None:
     step = Broken(lambda program: None)
-    found = verify(program, step.run(program, context()), step, [], context())
+    found = verify(program, program, step.run(program, context()), step, [], context())
     assert found["output_error"] == 0
     assert found["weights_kept"] == 4
 

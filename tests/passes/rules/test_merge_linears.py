@@ -221,7 +221,7 @@ def test_a_view_that_needs_memory_in_order_becomes_a_reshape() -> None:
 
 
 def test_saved_and_loaded(tmp_path: object) -> None:
-    from recast.lowering.serialize import program_from, program_to
+    from recast.passes.serialize import program_from, program_to
 
     _, after = simplified(randomise(Attention()), inputs(), "merge_linears")
     again = program_from(*program_to(after))

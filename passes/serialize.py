@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from recast.lowering.spec import decode_spec, encode_spec
 from recast.passes.dialect import inline_dialect
 from recast.passes.forms.operator import Operator
 from recast.passes.meta import propagate
 from recast.passes.module import OperatorModule
+from recast.passes.spec import decode_spec, encode_spec
 from recast.patterns.derivation import Derivation
 from recast.patterns.errors import ArtifactError, RecastError
 from recast.patterns.linear.packing import size_hint
