@@ -4,6 +4,8 @@ One small model a rewrite, one in which it has something to do. Each is timed as
 side by side in one process (see harness.py); rows are held to the same model before, on the same target.
 
     python -m benchmarks.exact_rewrites --json FILE [--only 'merge|fold'] [--width 384] [--tokens 128] [--layers 4] [--quick]
+
+Rows that FILE holds already are kept, not measured again: a run that was cut short goes on where it ended.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.harness import Contestant, Ready, Result, measure
+from benchmarks.harness import Contestant, Ready, Result, Row, measure
 
 
 class Attention(nn.Module):
@@ -220,6 +222,21 @@ def table(results: list[Result]) -> Table:
     return made
 
 
+def kept(path: Path | None) -> dict[str, Result]:
+    """What an earlier run wrote, by name of the row."""
+    if path is None or not path.exists():
+        return {}
+    found = {}
+    for entry in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        known = ("name", "target", "group", "bytes", "note", "fidelity", "absent", "prepare_seconds", "samples")
+        rows = [Row(**{key: row[key] for key in known if key in row}) for row in entry["rows"]]
+        for row in rows:
+            row.against = (f"before, {row.target}",) if row.name.startswith("after") else ()
+        name = entry["benchmark"]
+        found[name] = Result(name, entry["baseline"], entry["settings"], rows, entry["machine"])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
@@ -236,7 +253,11 @@ def main() -> None:
     torch.manual_seed(0)
     console = Console(stderr=True)
     results: list[Result] = []
+    earlier = kept(given.json)
     for name, (passes, model) in models(given.width, given.layers).items():
+        if name in earlier:
+            results.append(earlier[name])
+            continue
         if not re.search(given.only, name):
             continue
         console.log(name)
