@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from recast.lowering.agreement import agree
 from recast.lowering.base import Lowering, Runner, lowering_named
-from recast.passes.serialize import program_from, program_to
-from recast.passes.spec import decode_spec, encode_spec
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import calibrate
 from recast.passes.plan import Plan, plan
@@ -28,6 +27,8 @@ from recast.passes.recipe import Recipe
 from recast.passes.render import page
 from recast.passes.report import Report
 from recast.passes.rewrite import rewrite
+from recast.passes.serialize import program_from, program_to
+from recast.passes.spec import decode_spec, encode_spec
 from recast.patterns.capture.export import capture
 from recast.patterns.errors import ArtifactError, RecastError, TargetError
 from recast.patterns.program import Interface, Program
@@ -332,6 +333,8 @@ def optimize(
         Calibration data; without, fits are data-free and errors are those of the weights.
     target
         ``eager``, ``inductor`` or ``onnx``.
+    verification
+        Check the program after every pass, and what the target computes against the eager program.
 
     Examples
     --------
@@ -348,4 +351,7 @@ def optimize(
     statistics = calibrate(program, batches, progress=progress) if batches is not None else None
     decided = plan(program, asked, statistics, cache=cache, progress=progress)
     rewritten = rewrite(program, decided, cache=cache, progress=progress, verification=verification)
-    return lower(rewritten, target)
+    artifact = lower(rewritten, target)
+    if verification:
+        artifact.report = agree(artifact, statistics)
+    return artifact

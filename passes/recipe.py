@@ -206,13 +206,13 @@ def _from_dict(data: Mapping[str, Any], where: str) -> Recipe:
     given = dict(data)
     values: dict[str, Any] = {}
     if given.get("default") is not None:
-        values["default"] = _form(given["default"], f"{where}: default")
+        values["default"] = _form(given["default"], _in(where, "default"))
     values["rules"] = tuple(
-        _rule(r, f"{where}: rules[{i}]") for i, r in enumerate(_list(given.get("rules"), where, "rules"))
+        _rule(r, _in(where, f"rules[{i}]")) for i, r in enumerate(_list(given.get("rules"), where, "rules"))
     )
-    values["exclude"] = tuple(_pattern(p, f"{where}: exclude") for p in _list(given.get("exclude"), where, "exclude"))
+    values["exclude"] = tuple(_pattern(p, _in(where, "exclude")) for p in _list(given.get("exclude"), where, "exclude"))
     values["candidates"] = tuple(
-        _form(f, f"{where}: candidates") for f in _list(given.get("candidates"), where, "candidates")
+        _form(f, _in(where, "candidates")) for f in _list(given.get("candidates"), where, "candidates")
     )
     if given.get("compute_dtype") is not None:
         name = given["compute_dtype"]
@@ -230,6 +230,11 @@ def _from_dict(data: Mapping[str, Any], where: str) -> Recipe:
                 raise RecipeError(f"recipe: {name} in {where} must be true or false, not {given[name]!r}")
             values[name] = given[name]
     return Recipe(**values)
+
+
+def _in(where: str, place: str) -> str:
+    """A place in a recipe: with the file, where it came from one."""
+    return place if where == "recipe" else f"{where}: {place}"
 
 
 def _share(value: Any, name: str, where: str) -> float:
@@ -259,7 +264,7 @@ def _form(value: Any, where: str) -> Form:
     try:
         return Form.parse(value)
     except FormError as error:
-        raise FormError(f"{error}\n(in {where})") from error
+        raise FormError(f"{error}\n(in the recipe, {where})") from error
 
 
 def _pattern(value: Any, where: str) -> str:

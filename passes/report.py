@@ -107,6 +107,10 @@ class Report:
         ``{pass: {"soundness", "verified", "note"}}`` in order.
     target
         What it was lowered to.
+    notes
+        What capture decided on the way.
+    agreement
+        Of each output on the target with the eager rewritten program's: `fidelity`; empty where it was not checked.
     """
 
     model: str
@@ -119,6 +123,7 @@ class Report:
     passes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     target: str = "eager"
     notes: list[str] = dataclasses.field(default_factory=list)
+    agreement: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form (see the design's interface)."""
@@ -132,6 +137,7 @@ class Report:
             },
             "coverage": self.coverage,
             "whole_model": self.whole,
+            "agreement": self.agreement,
             "passes": self.passes,
             "sites": [_row(r) for r in self.rows],
             "skipped": [dataclasses.asdict(s) for s in self.skipped],
@@ -158,6 +164,7 @@ class Report:
             passes=data["passes"],
             target=data["target"],
             notes=list(data.get("notes", [])),
+            agreement=data.get("agreement", {}),
         )
 
     def __str__(self) -> str:

@@ -21,7 +21,7 @@ from recast.passes.spec import decode_spec, encode_spec
 from recast.patterns.derivation import Derivation
 from recast.patterns.errors import ArtifactError, RecastError
 from recast.patterns.linear.packing import size_hint
-from recast.patterns.program import Interface, Program, fixed_size, get_by_path, set_by_path
+from recast.patterns.program import Interface, Program, fixed_size, get_by_path, graph_module, set_by_path
 
 __all__ = ["program_from", "program_to"]
 
@@ -277,7 +277,7 @@ def _program_from(data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
         nodes[name] = node
     described = data["interface"]
     program = Program(
-        module=fx.GraphModule(root, graph, "Program"),
+        module=graph_module(root, graph),
         interface=Interface(
             parameters=tuple(described["parameters"]),
             args=tuple(described["args"]),

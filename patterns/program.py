@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from recast.patterns.derivation import Derivation
 from recast.patterns.errors import CaptureError
 from recast.patterns.printer import program_text
 
-__all__ = ["Interface", "Program", "fixed_size", "get_by_path", "set_by_path", "tensor_digest"]
+__all__ = [
+    "Interface",
+    "Program",
+    "fixed_size",
+    "get_by_path",
+    "graph_module",
+    "set_by_path",
+    "tensor_digest",
+    "with_code",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +150,7 @@ class Program:
     derived: dict[str, Derivation] = dataclasses.field(default_factory=dict)
     dropped: dict[str, str] = dataclasses.field(default_factory=dict)
     rewrites: Any = None
+    memory: dict[Hashable, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def graph(self) -> fx.Graph:
@@ -227,12 +238,11 @@ class Program:
 
     def copy(self) -> Program:
         """A program with a graph of its own and the same weight tensors (nothing large is copied)."""
-        module = nn.Module()
-        for node in self.graph.nodes:
-            if node.op == "get_attr":
-                set_by_path(module, node.target, get_by_path(self.module, node.target))
-            elif node.op == "call_module":
-                set_by_path(module, node.target, self.module.get_submodule(node.target))
+        held = {
+            str(node.target): get_by_path(self.module, str(node.target))
+            for node in self.graph.nodes
+            if node.op in ("get_attr", "call_module")
+        }
         graph = fx.Graph()
         output = graph.graph_copy(self.graph, {}, return_output_node=True)
         assert isinstance(output, tuple)
@@ -240,7 +250,7 @@ class Program:
         graph.find_nodes(op="output")[0].meta = dict(output[1].meta)
         return dataclasses.replace(
             self,
-            module=fx.GraphModule(module, graph, "Program"),
+            module=graph_module(held, graph),
             aliases=dict(self.aliases),
             notes=list(self.notes),
             derived=dict(self.derived),
@@ -290,6 +300,17 @@ def _operation_name(target: Any) -> str:
     return f"{target.__module__}.{target.__qualname__}" if hasattr(target, "__code__") else str(target)
 
 
+def graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """A graph with what it reads, from a module or by path; its code is made when it first runs, which most never do."""
+    return _LazyGraphModule(root, graph, "Program")
+
+
+def with_code(module: fx.GraphModule) -> fx.GraphModule:
+    """The same module with its code made, as dynamo wants it, which cannot trace the making."""
+    _LazyGraphModule.force_recompile(module)
+    return module
+
+
 def fixed_size(size: Any) -> int | None:
     """A size that tracing settled on, though it may have begun as a symbol; None if it is free."""
     return size if isinstance(size, int) else size.node.maybe_as_int()
@@ -311,9 +332,12 @@ def get_by_path(root: nn.Module, path: str) -> Any:
     """
     value: Any = root
     for part in path.split("."):
-        if not hasattr(value, part):
-            raise CaptureError(f"'{path}' is named in the graph but not held by the program ('{part}' is missing)")
-        value = getattr(value, part)
+        try:
+            value = getattr(value, part)
+        except AttributeError as error:
+            raise CaptureError(
+                f"'{path}' is named in the graph but not held by the program ('{part}' is missing)"
+            ) from error
     return value
 
 
@@ -338,7 +362,8 @@ def tensor_digest(tensor: Tensor, sample: int | None = None) -> str:
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     flat = tensor.detach().reshape(-1)
     if sample is not None and flat.numel() > sample:
-        flat = flat[torch.linspace(0, flat.numel() - 1, sample).long()]
+        # A view, so that nothing is gathered. An odd step wanders over the columns where their number is even.
+        flat = flat[:: (flat.numel() // sample) | 1]
     # Copies, a piece at a time: a storage that was once shown to numpy can no longer be released (resized).
     for piece in flat.split(1 << 22):  # type: ignore[no-untyped-call]
         digest.update(piece.to("cpu", copy=True).contiguous().view(torch.uint8).numpy().tobytes())

@@ -11,6 +11,7 @@ from torch import fx
 from recast.patterns.constants import Constants
 from recast.patterns.language import Match, Reason, Scope, Trail, in_words, match_at
 from recast.patterns.linear.find import find_linear
+from recast.patterns.memo import remembered
 from recast.patterns.program import Program
 from recast.patterns.rules import Rule, Surroundings, miss, rules
 from recast.patterns.sites import Mismatch, Site
@@ -49,7 +50,15 @@ def recognise(
     only
         Rules to try; by default all there are.
     """
-    constants = constants or Constants(program)
+    if only is not None:
+        return _recognise(program, constants or Constants(program), sorted(only, key=lambda rule: rule.order))
+    tried = rules()
+    return remembered(
+        program, ("structures", *tried), lambda: _recognise(program, constants or Constants(program), tried)
+    )
+
+
+def _recognise(program: Program, constants: Constants, tried: Sequence[Rule]) -> Recognition:
     scope = Scope(program, constants)
     linear, misses = find_linear(program, constants)
     around = Surroundings(scope, linear)
@@ -58,7 +67,6 @@ def recognise(
     for node in nodes:
         by_target.setdefault(node.target, []).append(node)
     position = {node: i for i, node in enumerate(nodes)}
-    tried = rules() if only is None else sorted(only, key=lambda rule: rule.order)
     for kind in dict.fromkeys(rule.kind for rule in tried):
         misses += _kind([rule for rule in tried if rule.kind == kind], around, by_target, position)
     return Recognition((*linear, *around.sites), tuple(misses))

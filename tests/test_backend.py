@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -174,3 +176,35 @@ def test_the_backend_is_found_without_importing_recast() -> None:
     code = "import torch, torch._dynamo as d; assert 'recast' in d.list_backends(None), d.list_backends(None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+_ONCE = """
+import json, sys
+import torch
+from torch._dynamo.utils import counters
+
+torch.manual_seed(int(sys.argv[1]))
+model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32)).eval()
+x = torch.randn(5, 32)
+with torch.no_grad():
+    y = torch.compile(model, backend="recast", options={"recipe": "int8"})(x)
+    error = float((y - model(x)).norm() / model(x).norm())
+found = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
+print(json.dumps({"error": error, **found}))
+"""
+
+
+def test_compiled_code_is_shared_between_processes_but_never_another_models_weights(tmp_path: Path) -> None:
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "RECAST_CACHE": str(tmp_path / "cache")}
+
+    def once(seed: str) -> dict[str, Any]:
+        done = subprocess.run([sys.executable, "-c", _ONCE, seed], capture_output=True, text=True, check=False, env=env)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    first, other = once("0"), once("1")
+    assert (first["hit"], first["miss"]) == (0, 1)
+    assert (other["hit"], other["miss"]) == (1, 0)
+    # Two layers rounded to 8 bits: far from what another model's weights would give, which is an error about 1.
+    assert max(first["error"], other["error"]) < 0.03

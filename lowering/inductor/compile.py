@@ -12,7 +12,7 @@ from torch import nn
 
 from recast.lowering.inductor.kernels import INTEGER, choose
 from recast.lowering.inline import inline_operators
-from recast.patterns.program import Program
+from recast.patterns.program import Program, with_code
 
 __all__ = ["compile_graph", "compile_program"]
 
@@ -30,7 +30,7 @@ class _Flat(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self.graph_module = program.module
+        self.graph_module = with_code(program.module)
 
     def forward(self, *leaves: Any) -> Any:
         return self.graph_module(*leaves)

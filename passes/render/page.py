@@ -181,6 +181,9 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         tiles.append(("whole model", error_text(worst["relative_error"]), f"relative error of {name}"))
         if "mean_cosine" in worst:
             tiles.append(("mean cosine", f"{worst['mean_cosine']:.5f}", f"worst {worst['worst_cosine']:.5f}"))
+    apart = [f["relative_error"] for f in report.agreement.values() if "relative_error" in f]
+    if apart:
+        tiles.append((f"{report.target} against eager", error_text(max(apart)), "both rewritten, relative difference"))
     if report.rows:
         row = max(report.rows, key=_error)
         tiles.append(("worst site", error_text(_error(row)), row.name))

@@ -71,6 +71,9 @@ def _summary(report: Report) -> Any:
         cosine = f", mean cosine {figures['mean_cosine']:.5f}" if "mean_cosine" in figures else ""
         worst = f", worst {figures['worst_cosine']:.5f}" if "worst_cosine" in figures else ""
         lines.append(f"{name}: relative error {error_text(figures.get('relative_error'))}{cosine}{worst}")
+    for name, figures in report.agreement.items():
+        error = error_text(figures.get("relative_error"))
+        lines.append(f"{name}: {report.target} and the eager rewritten program differ by {error}")
     covered = report.coverage.get("parameters")
     if covered:
         share = covered["matched"] / covered["total"] if covered["total"] else 1.0

@@ -117,5 +117,8 @@ def _order(target: Target) -> Tensor | None:
 def _fit(target: Target, context: Context, rows: list[SiteRow]) -> Operator:
     entry = context.plan.entries[target.name]
     fitted = context.cache.fit(target.matrix, entry.form, target.stats, where=target.name)
-    rows.append(SiteRow.of(entry, target.matrix, fitted, pictures=context.pictures))
+    row = SiteRow.of(entry, target.matrix, fitted, pictures=context.pictures)
+    if target.site.tied:  # what else reads the weight keeps it: the operator comes on top
+        row = dataclasses.replace(row, bytes_after=row.bytes_after + row.bytes_before)
+    rows.append(row)
     return fitted.operator

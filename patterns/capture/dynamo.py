@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from recast.patterns.capture.canonical import canonicalise
-from recast.patterns.program import Interface, Program, set_by_path
+from recast.patterns.program import Interface, Program, graph_module, set_by_path
 
 __all__ = ["Captured", "from_dynamo"]
 
@@ -86,12 +86,16 @@ def _program(traced: fx.GraphModule, names: dict[int, str], reals: Sequence[Any]
     root, graph = nn.Module(), fx.Graph()
     environment: dict[fx.Node, fx.Node] = {}
     attributes: dict[int, fx.Node] = {}
+    taken: set[str] = set()
     position = -1
     for node in traced.graph.nodes:
         if node.op == "placeholder":
             position += 1
         if node.op == "placeholder" and position in names:
-            name = _unique(root, names[position])
+            name = names[position]
+            while name in taken:
+                name += "_"
+            taken.add(name)
             set_by_path(root, name, reals[position])
             attributes[position] = graph.get_attr(name)
             attributes[position].meta = dict(node.meta)
@@ -108,7 +112,7 @@ def _program(traced: fx.GraphModule, names: dict[int, str], reals: Sequence[Any]
     inputs = [n.name for n in graph.find_nodes(op="placeholder")]
     count = len(graph.find_nodes(op="output")[0].args[0])
     program = Program(
-        module=fx.GraphModule(root, graph, "Program"),
+        module=graph_module(root, graph),
         interface=Interface(
             parameters=(),
             args=tuple(inputs),
@@ -139,15 +143,6 @@ def _name(node: fx.Node, position: int) -> str:
     _, _, path = text.partition("]")  # behind L['self'], or whatever variable holds the model
     steps = [next(part for part in match if part) for match in _STEP.findall(path)]
     return ".".join(steps) or f"input_{position}"
-
-
-def _unique(root: nn.Module, name: str) -> str:
-    taken = {
-        n for n, _ in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
-    }
-    while name in taken:
-        name += "_"
-    return name
 
 
 def _written(traced: fx.GraphModule) -> set[fx.Node]:

@@ -15,6 +15,7 @@ from recast.patterns.linear.naming import site_name
 from recast.patterns.linear.packing import packed_parts, size_hint
 from recast.patterns.linear.routed import is_grouped
 from recast.patterns.linear.spellings import einsum_letters, spell
+from recast.patterns.memo import remembered
 from recast.patterns.program import Program, get_by_path
 from recast.patterns.sites import LinearSite, Mismatch, Part, Use, source_line
 
@@ -33,7 +34,11 @@ def find_linear(program: Program, constants: Constants | None = None) -> tuple[l
     mismatches
         One for each product of activations, or with a weight in a form that cannot be rewritten.
     """
-    constants = constants or Constants(program)
+    sites, missed = remembered(program, "linear", lambda: _find(program, constants or Constants(program)))
+    return list(sites), list(missed)
+
+
+def _find(program: Program, constants: Constants) -> tuple[list[LinearSite], list[Mismatch]]:
     grouped: dict[Any, list[Use]] = {}
     missed: list[Mismatch] = []
     for node in program.graph.nodes:

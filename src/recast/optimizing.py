@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from recast.data import is_statistics, read_batches
+from recast.lowering.agreement import agree
 from recast.lowering.artifact import check_writable, lower
 from recast.lowering.base import lowering_named
 from recast.models import Model, load_model
@@ -96,6 +97,8 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
     rewritten = rewrite(program, ready, calibration=statistics, cache=cache)
     say(f"lowering to {request.target}")
     artifact = lower(rewritten, request.target)
+    say(f"running it on {request.target}, beside the eager program")
+    artifact.report = agree(artifact, statistics)
     artifact.save(request.out, force=request.force)
     return artifact.report
 

@@ -63,7 +63,7 @@ def test_first_rule_that_matches_decides_and_exclusion_goes_first() -> None:
     ("given", "message"),
     [
         ({"defualt": "int8"}, "unknown key 'defualt' in recipe; did you mean 'default'?"),
-        ({"rules": [{"match": "*", "frm": "int8"}]}, r"unknown key 'frm' in recipe: rules\[0\]; did you mean 'form'?"),
+        ({"rules": [{"match": "*", "frm": "int8"}]}, r"unknown key 'frm' in rules\[0\]; did you mean 'form'?"),
         ({"rules": [{"match": "*"}]}, "has no 'form'; write form: dense"),
         ({"rules": [{"match": "*", "form": "int8", "kind": "liner"}]}, "kind 'liner' .* did you mean 'linear'"),
         ({"rules": "int8"}, "'rules' in recipe must be a list, not str"),
@@ -90,7 +90,7 @@ def test_mistakes_are_named(given: object, message: str) -> None:
 def test_a_mistyped_form_is_a_form_error_with_its_place() -> None:
     with pytest.raises(FormError, match="int9"):
         Recipe.of("int9")
-    with pytest.raises(FormError, match=r"in recipe: rules\[0\]"):
+    with pytest.raises(FormError, match=r"in the recipe, rules\[0\]"):
         Recipe.of({"rules": [{"match": "*", "form": "int9"}]})
 
 
