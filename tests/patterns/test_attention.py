@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import recast
+from recast.passes.dialect import has_dialect
+from recast.passes.rules.raise_structures import raise_program
 from recast.patterns.attention.dialect import attention
 from recast.patterns.recognise import recognise
 from recast.patterns.sites import AttentionSite
@@ -277,3 +279,54 @@ def test_a_bias_that_is_subtracted_or_scaled_is_not_dropped() -> None:
     for core in (subtracted, scaled):
         (site,) = attentions(recast.capture(Block(core).eval(), inputs()))
         assert any(note.startswith("not raised") for note in site.notes), core
+
+
+def first_row_off(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = q @ k.mT + mask
+    return (scores - scores[:, :, :1]).softmax(-1) @ v
+
+
+def largest_of_column_off(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = q @ k.mT + mask
+    return (scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v
+
+
+def another_value_off(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return (scores + mask - scores.flip(-1)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("core", [first_row_off, largest_of_column_off, another_value_off], ids=lambda c: c.__name__)
+def test_what_is_taken_off_besides_the_largest_of_a_row_stays(core: Core) -> None:
+    model = Block(core).double().eval()
+    x, mask = inputs()
+    program = recast.capture(model, (x.double(), mask))
+    raised = raise_program(program, ("attention",))
+    assert not has_dialect(raised)
+    for site in attentions(program):
+        assert any(note.startswith("not raised") for note in site.notes)
+    for batch, tokens in ((1, 3), (3, H)):
+        x, mask = inputs(batch, tokens)
+        assert_close(raised(x.double(), mask), model(x.double(), mask), terms=20)
+
+
+@pytest.mark.parametrize("place", ["scores", "weights", "operation"])
+def test_dropout_that_is_active_stays(place: str) -> None:
+    """A model may drop at random in eval mode too; the operation that draws is still there after raising."""
+
+    def dropping(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        if place == "operation":
+            return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.4)
+        scores = q @ k.mT + mask
+        if place == "scores":
+            return nn.functional.dropout(scores, 0.4, training=True).softmax(-1) @ v
+        return nn.functional.dropout(scores.softmax(-1), 0.4, training=True) @ v
+
+    program = recast.capture(Block(dropping).eval(), inputs())
+    raised = raise_program(program, ("attention",))
+    assert not has_dialect(raised)
+    assert str(raised) == str(program)
+    for site in attentions(program):
+        assert any(note.startswith("not raised") for note in site.notes)
+    given = inputs()
+    assert not torch.equal(raised(*given), raised(*given))  # drawn anew at every call
