@@ -76,18 +76,23 @@ def _raised(program: Program, kinds: frozenset[str] | None) -> tuple[Program, Co
     last = max((rule.order for rule in rules() if kinds is None or rule.kind in kinds), default=-1)
     tried = [rule for rule in rules() if rule.order <= last]
     emitters = {(rule.kind, rule.name): rule.emit for rule in tried if rule.emit is not None}
-    replaced: dict[fx.Node, fx.Node] = {}
     raised: Counter[str] = Counter()
-    for site in recognise(result, only=tried).sites:
-        emit = emitters.get((site.kind, getattr(site, "pattern", "")))
-        if emit is None or (kinds is not None and site.kind not in kinds):
-            continue
-        operation = emit(site)
-        if operation is not None:
-            _replace(result.graph, site, operation, replaced)
-            raised[site.kind] += 1
-    remove_dead(result.graph)
-    propagate(result)
+    again = True
+    while again:  # what stays of a structure because something else reads it too may be a smaller one
+        replaced: dict[fx.Node, fx.Node] = {}
+        inside: set[fx.Node] = set()
+        for site in recognise(result, only=tried).sites:
+            emit = emitters.get((site.kind, getattr(site, "pattern", "")))
+            if emit is None or (kinds is not None and site.kind not in kinds):
+                continue
+            operation = emit(site)
+            if operation is not None:
+                _replace(result.graph, site, operation, replaced)
+                inside.update(n for n in getattr(site, "nodes", ()) if n.op == "call_function")
+                raised[site.kind] += 1
+        remove_dead(result.graph)
+        propagate(result)
+        again = not inside.isdisjoint(result.graph.nodes)
     result.graph.lint()
     result.module.recompile()
     return result, raised

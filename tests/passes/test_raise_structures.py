@@ -90,6 +90,27 @@ def test_verified(dtype: torch.dtype) -> None:
         same(model(x), raised(x), exact_bound(coarsest_dtype(program)))
 
 
+def test_what_stays_because_it_is_read_elsewhere_is_raised_too() -> None:
+    """A norm without its weight is left of a norm whose middle is a result as well; a second run finds nothing."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.rand(D)), nn.Parameter(torch.rand(D))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = x - x.mean(-1, keepdim=True)
+            h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+            return h * self.weight + self.bias, h
+
+    model = Shared().eval()
+    raised = raise_program(capture(model, (torch.randn(2, 5, D),)))
+    assert called(raised) == ["layer_norm", "layer_norm"]
+    assert str(raise_program(raised)) == str(raised)
+    x = torch.randn(3, HEADS, D)
+    same(model(x), raised(x), exact_bound(torch.float32))
+
+
 def test_kinds(block: tuple[Block, Program]) -> None:
     assert called(raise_program(block[1], ("rotary",))) == ["rotary"]
     (step,) = Pipeline.parse("raise_structures{kinds=norm}").passes
