@@ -111,7 +111,7 @@ def test_memory_that_was_freed_and_given_out_again_is_not_mistaken() -> None:
     for value in range(20):
         weight = torch.full((8, 8), float(value + 1))  # likely to lie where the last one lay
         dense = cache.fit(matrix(weight), INT8, None).operator.to_dense()
-        torch.testing.assert_close(dense, weight, rtol=1e-2, atol=0)
+        assert float((dense - weight).abs().max()) <= (value + 1) / 127 / 2  # half a step of 8 bits
         del weight
 
 

@@ -11,6 +11,7 @@ import recast
 from recast.passes.calibrate import Calibration
 from recast.patterns.errors import CalibrationError
 from recast.patterns.program import Program
+from tests.helpers import assert_close
 
 
 class Model(nn.Module):
@@ -68,20 +69,21 @@ def test_statistics_equal_the_oracle(
     stats = calibration[site]
     assert stats.gram is not None
     assert stats.gram.dtype is torch.float64
-    torch.testing.assert_close(stats.gram, vectors.T @ vectors, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(stats.mean, vectors.mean(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(stats.absmax, vectors.abs().amax(0), rtol=1e-5, atol=1e-5)
+    # The vectors are float32, each a sum of a few dozen products, and so is what is gathered from them.
+    assert_close(stats.gram.float(), vectors.T @ vectors, terms=36 * len(vectors))
+    assert_close(stats.mean.float(), vectors.mean(0), terms=36)
+    assert_close(stats.absmax.float(), vectors.abs().amax(0), terms=36)
     assert stats.tokens == len(vectors)
     assert stats.sample is not None
     assert len(stats.sample) <= 8
-    nearest = torch.cdist(stats.sample.double(), vectors).amin(1)
-    assert float(nearest.max()) < 1e-3, "the sample is of the vectors that were seen"
+    nearest = vectors[(stats.sample.double()[:, None] - vectors).norm(dim=-1).argmin(1)]
+    assert_close(stats.sample, nearest, terms=36)  # the sample is of the vectors that were seen
 
 
 def test_gram_in_float64_is_exact_for_raw_inputs(batches: list[Tensor], calibration: Calibration) -> None:
     x = torch.cat([b.double().flatten(0, 1) for b in batches])
     assert calibration["q"].gram is not None
-    torch.testing.assert_close(calibration["q"].gram, x.T @ x, rtol=1e-13, atol=1e-13)
+    assert_close(calibration["q"].gram, x.T @ x, terms=len(x))
 
 
 def test_sites_that_read_the_same_share_statistics(calibration: Calibration) -> None:
@@ -99,8 +101,8 @@ def test_streaming_equals_one_batch(program: Program) -> None:
     for site in ("q", "down", "back"):
         a, b = one[site], many[site]
         assert a.gram is not None
-        torch.testing.assert_close(a.gram, b.gram, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(a.mean, b.mean, rtol=1e-5, atol=1e-5)
+        assert_close(a.gram.float(), b.gram, terms=36 * a.tokens)  # products of other shapes add up in another order
+        assert_close(a.mean.float(), b.mean, terms=36)
         assert a.tokens == b.tokens
 
 
