@@ -8,6 +8,7 @@ import enum
 import importlib
 import pkgutil
 import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recast.patterns.errors import PlanError, nearest
@@ -60,6 +61,19 @@ class Context:
     progress: bool | None = None
     pictures: bool = True
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _ran: list[tuple[Program, list[Any]]] = dataclasses.field(default_factory=list, init=False, repr=False)
+
+    def outputs(self, program: Program, run: Callable[[], Sequence[Any]]) -> list[Any]:
+        """What a program gives on the probe, run once: what comes out of a pass is what the next one starts from.
+
+        The first program and the latest are remembered. None is changed after the pass that made it.
+        """
+        for known, found in self._ran:
+            if known is program:
+                return found
+        results = list(run())
+        self._ran = [*self._ran[:1], (program, results)]
+        return results
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,23 +1,18 @@
-"""`Plan`: what is decided for every site, as text one can read, edit and apply again."""
+"""`plan`: decide for every site of a program what it becomes, with predicted error and cost."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from recast.passes.allocate import allocate
 from recast.passes.cache import OperatorCache
-from recast.passes.calibrate import Calibration
+from recast.passes.calibration import Calibration
+from recast.passes.decided import Entry, Plan, Skip
 from recast.passes.forms.form import Form
 from recast.passes.forms.stats import Stats
 from recast.passes.progress import track
-from recast.passes.recipe import COMPUTE_DTYPES, Recipe, name_matches
+from recast.passes.recipe import Recipe, name_matches
 from recast.patterns.constants import Constants
 from recast.patterns.errors import CoverageError, FormError, PlanError, nearest
 from recast.patterns.find import coverage
@@ -26,200 +21,6 @@ from recast.patterns.program import Program
 from recast.patterns.sites import LinearSite
 
 __all__ = ["Entry", "Plan", "Skip", "Target", "plan", "targets_of"]
-
-_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """Decision for one site, or for one part of a packed weight.
-
-    Parameters
-    ----------
-    name
-        Site name, or ``site.part``.
-    form
-        What it gets.
-    bytes_before, bytes_after
-        Of the weight.
-    flops_before, flops_after
-        For one token.
-    predicted_error
-        Relative error ``|(W - W')X| / |WX|`` of the site's output on the calibration data; without one, of the weight.
-    predicted_weight_error
-        ``|W - W'| / |W|``.
-    """
-
-    name: str
-    form: Form
-    bytes_before: int = 0
-    bytes_after: int = 0
-    flops_before: int = 0
-    flops_after: int = 0
-    predicted_error: float = 0.0
-    predicted_weight_error: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON- and YAML-able form."""
-        return {
-            "form": str(self.form),
-            "predicted_error": float(f"{self.predicted_error:.6g}"),
-            "predicted_weight_error": float(f"{self.predicted_weight_error:.6g}"),
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "flops_before": self.flops_before,
-            "flops_after": self.flops_after,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Skip:
-    """A site that stays dense, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclasses.dataclass
-class Plan:
-    """Decisions for a program. ``str(plan)`` is YAML; only ``form`` of each site and ``compute_dtype`` need be there.
-
-    Parameters
-    ----------
-    fingerprint
-        Of the program decided on.
-    entries
-        By name.
-    skipped
-        Sites that stay dense.
-    compute_dtype
-        ``fp32``, ``bf16``, ``fp16``, or None for as it is.
-    recipe
-        What was asked, for the record.
-    statistics
-        Fingerprint-independent hash of the calibration used, or None.
-    calibration
-        The statistics themselves, when still at hand (not part of the text).
-    coverage
-        Share of matrix parameters matched.
-    """
-
-    fingerprint: str
-    entries: dict[str, Entry]
-    skipped: list[Skip] = dataclasses.field(default_factory=list)
-    compute_dtype: str | None = None
-    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
-    statistics: str | None = None
-    calibration: Calibration | None = dataclasses.field(default=None, repr=False, compare=False)
-    coverage: float = 1.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON- and YAML-able form."""
-        return {
-            "version": _VERSION,
-            "model": self.fingerprint,
-            "statistics": self.statistics,
-            "compute_dtype": self.compute_dtype,
-            "coverage": round(self.coverage, 6),
-            "recipe": self.recipe,
-            "sites": {name: entry.to_dict() for name, entry in self.entries.items()},
-            "skipped": [dataclasses.asdict(s) for s in self.skipped],
-        }
-
-    def __str__(self) -> str:
-        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, width=120))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as YAML, under a temporary name first."""
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", text=True)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(str(self))
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-
-    @staticmethod
-    def parse(text: str, where: str = "plan") -> Plan:
-        """Read a plan from YAML.
-
-        Raises
-        ------
-        PlanError
-            It is not YAML, or a key is unknown.
-        """
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise PlanError(f"plan: '{where}' is not valid YAML: {error}") from error
-        if not isinstance(data, Mapping) or not isinstance(data.get("sites", 0) or {}, Mapping):
-            raise PlanError(
-                f"plan: '{where}' is not a plan: a mapping with 'model' and 'sites' is needed, as str(plan) writes it"
-            )
-        known = {"version", "model", "statistics", "compute_dtype", "coverage", "recipe", "sites", "skipped"}
-        for key in data:
-            if key not in known:
-                raise PlanError(f"plan: unknown key '{key}' in '{where}'; {nearest(str(key), known)}")
-        if data.get("version", _VERSION) != _VERSION:
-            raise PlanError(f"plan: '{where}' is of version {data['version']}; this recast reads version {_VERSION}")
-        dtype = data.get("compute_dtype")
-        if dtype is not None and dtype not in COMPUTE_DTYPES:
-            raise PlanError(
-                f"plan: compute_dtype '{dtype}' in '{where}' is unknown; {nearest(str(dtype), COMPUTE_DTYPES)}"
-            )
-        return Plan(
-            fingerprint=str(data.get("model") or ""),
-            entries={str(name): _entry(str(name), row, where) for name, row in (data["sites"] or {}).items()},
-            skipped=[_skip(row, where) for row in data.get("skipped") or []],
-            compute_dtype=dtype,
-            recipe=dict(data.get("recipe") or {}),
-            statistics=data.get("statistics"),
-            coverage=_number(data.get("coverage", 1.0), "coverage", where),
-        )
-
-    @staticmethod
-    def load(path: str | os.PathLike[str]) -> Plan:
-        """Read a plan file; see `parse`."""
-        try:
-            return Plan.parse(Path(path).read_text(encoding="utf-8"), os.fspath(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"plan: '{path}' cannot be read: {error}") from error
-
-
-def _entry(name: str, row: Any, where: str) -> Entry:
-    if isinstance(row, str):
-        row = {"form": row}
-    if not isinstance(row, Mapping) or "form" not in row:
-        raise PlanError(f"plan: site '{name}' in '{where}' has no form; write '{name}: {{form: int8}}'")
-    fields = {f.name for f in dataclasses.fields(Entry)} - {"name", "form"}
-    for key in row:
-        if key != "form" and key not in fields:
-            raise PlanError(
-                f"plan: unknown key '{key}' at site '{name}' in '{where}'; {nearest(str(key), fields | {'form'})}"
-            )
-    try:
-        form = Form.parse(str(row["form"]))
-    except FormError as error:
-        raise PlanError(f"plan: site '{name}' in '{where}': {error}") from error
-    numbers = {k: _number(row[k], f"{k} of site '{name}'", where) for k in row if k != "form"}
-    values: dict[str, Any] = {k: v if "error" in k else int(v) for k, v in numbers.items()}
-    return Entry(name, form, **values)
-
-
-def _number(value: Any, what: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise PlanError(f"plan: {what} in '{where}' must be a number, not {value!r}")
-    return value
-
-
-def _skip(row: Any, where: str) -> Skip:
-    if not isinstance(row, Mapping) or set(row) != {"name", "reason"}:
-        raise PlanError(
-            f"plan: 'skipped' in '{where}' must be a list of name and reason, not {row!r}; it may be left out"
-        )
-    return Skip(str(row["name"]), str(row["reason"]))
 
 
 @dataclasses.dataclass(frozen=True)

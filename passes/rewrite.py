@@ -153,7 +153,8 @@ def _whole(before: Program, after: Program, context: Context) -> dict[str, dict[
     """Fidelity of each floating output of the whole model on the first calibration batch (random inputs without one)."""
     probe = inputs_of(before, context)
     with torch.no_grad():
-        reference, found = before.module(*probe), after.module(*probe)
+        reference = context.outputs(before, lambda: before.module(*probe))
+        found = context.outputs(after, lambda: after.module(*probe))
     return {
         f"output {i}": fidelity(a, b)
         for i, (a, b) in enumerate(zip(reference, found, strict=True))

@@ -175,8 +175,8 @@ def _made(before: Program, after: Program) -> dict[str, Derivation]:
 def _numbers(before: Program, after: Program, step: Pass, context: Context) -> dict[str, float]:
     probe = inputs_of(before, context)
     with torch.no_grad():
-        reference = before.module(*_fresh(probe))
-        found = after.module(*_fresh(probe))
+        reference = context.outputs(before, lambda: before.module(*_fresh(probe)))
+        found = context.outputs(after, lambda: after.module(*_fresh(probe)))
     coarsest = coarsest_dtype(before, after)
     bounds = {Soundness.EXACT: exact_bound(coarsest), Soundness.BOUNDED: bounded_bound(before, coarsest)}
     bound = bounds.get(step.soundness, math.inf)
