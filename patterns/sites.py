@@ -471,7 +471,8 @@ class MoESite(_Structure):
     router
         The linear that scores experts.
     experts
-        For each expert its linears by role: ``gate``, ``up``, ``down`` (``gate_up`` where they are one and taken apart).
+        For each expert its linears by role: ``gate``, ``up``, ``down`` (``gate_up`` where they are one and taken apart), or
+        ``in`` and ``out`` where something larger than an activation lies between.
     shared
         Those of experts that every token visits.
     top_k

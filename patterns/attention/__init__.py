@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from recast.patterns.attention import pieces
 from recast.patterns.attention.dialect import emit
 from recast.patterns.attention.site import build
-from recast.patterns.attention.spellings import NORMALISERS, SDPA, SOFTMAX, fused, written_out
+from recast.patterns.attention.spellings import NORMALISERS, SDPA, SOFTMAX, fused, reduces_last, written_out
+from recast.patterns.language import Call
 from recast.patterns.linear.find import product_flops
 from recast.patterns.rules import Rule, Surroundings
 
@@ -46,4 +48,5 @@ RULES = (
     Rule(
         "attention_written_out", "attention", written_out(), build, NORMALISERS, _between_products, order=31, emit=emit
     ),
+    Rule("attention_in_pieces", "attention", Call.of(SOFTMAX, where=reduces_last), pieces.build, order=32),
 )

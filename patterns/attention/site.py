@@ -18,7 +18,7 @@ from recast.patterns.provenance import Origin, follows, origins, piece_read
 from recast.patterns.rules import Surroundings
 from recast.patterns.sites import AttentionSite, NormSite, Piece, RotarySite, source_line
 
-__all__ = ["build"]
+__all__ = ["build", "common_module", "made_by", "taken_by"]
 
 aten = torch.ops.aten
 
@@ -34,10 +34,10 @@ def build(match: Match, around: Surroundings) -> AttentionSite | str:
         return "queries, keys and values are needed as tensors"
     if around.products(product):
         return "it multiplies matrices that are looked up in a weight (experts): no attention"
-    found = [_maker(n, around) for n in (query, key, value)]
+    found = [made_by(n, around) for n in (query, key, value)]
     notes = [f"{role}: {reason}" for role, (_, reason, _) in zip("qkv", found, strict=True) if reason]
     pieces = [piece for piece, _, _ in found]
-    taker = _taker(product, around)
+    taker = taken_by(product, around)
     if taker is None:
         notes.append("o: no linear takes the result")
     if taker is None and not any(pieces):
@@ -52,7 +52,7 @@ def build(match: Match, around: Surroundings) -> AttentionSite | str:
     kv_heads = _kv_heads(pieces[1], head_dim, heads)
     paths = {id(n): n for _, _, origin in found if origin is not None for n in [origin.use.node, *origin.path]}
     inner = _structures(list(paths.values()), around)
-    name = _name([p for p in (*pieces, taker) if p is not None], product)
+    name = common_module([p for p in (*pieces, taker) if p is not None], product)
     kind, mask = _mask(steps, product, around)
     if steps.reason:
         notes.append(f"not raised: {steps.reason}")
@@ -91,8 +91,8 @@ def build(match: Match, around: Surroundings) -> AttentionSite | str:
     )
 
 
-def _maker(node: fx.Node, around: Surroundings) -> tuple[Piece | None, str, Origin | None]:
-    """The linear that makes a value, the nearest one if several do."""
+def made_by(node: fx.Node, around: Surroundings) -> tuple[Piece | None, str, Origin | None]:
+    """The linear that makes a value (the nearest one if several do), why there is none, and the way from it."""
     made = [o for o in origins(node, around) if min(o.site.shape) > 1]
     if not made:
         return None, "no linear makes it", None
@@ -100,7 +100,8 @@ def _maker(node: fx.Node, around: Surroundings) -> tuple[Piece | None, str, Orig
     return piece, "", made[0]
 
 
-def _taker(product: fx.Node, around: Surroundings) -> Piece | None:
+def taken_by(product: fx.Node, around: Surroundings) -> Piece | None:
+    """The linear that takes a result."""
     taken = [site for site, _ in follows(product, around) if min(site.shape) > 1]
     return Piece(taken[0]) if taken else None
 
@@ -156,7 +157,7 @@ def _structures(path: Sequence[fx.Node], around: Surroundings) -> list[Any]:
     return [s for node in path for s in around.structures.get(node, ())]
 
 
-def _name(pieces: Sequence[Piece], product: fx.Node) -> str:
+def common_module(pieces: Sequence[Piece], product: fx.Node) -> str:
     """What the linears' names have in common, their module."""
     names = [p.site.name.split(".") for p in pieces]
     common: list[str] = []

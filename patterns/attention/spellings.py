@@ -29,7 +29,7 @@ from recast.patterns.language import (
     Trail,
 )
 
-__all__ = ["ELEMENTWISE", "NORMALISERS", "PRODUCTS", "SDPA", "SOFTMAX", "fused", "written_out"]
+__all__ = ["ELEMENTWISE", "NORMALISERS", "PRODUCTS", "SDPA", "SOFTMAX", "fused", "reduces_last", "written_out"]
 
 aten = torch.ops.aten
 
@@ -152,7 +152,8 @@ def _scores() -> Pattern:
     return Repeat(_score_step, product, limit=14)
 
 
-def _reduces_last(node: fx.Node, scope: Scope) -> bool:
+def reduces_last(node: fx.Node, scope: Scope) -> bool:
+    """Whether a normaliser runs along keys, the last dimension."""
     if node.target not in SOFTMAX:
         return True
     return scope.arguments(node)[1] in (-1, node.meta["val"].ndim - 1)
@@ -160,7 +161,7 @@ def _reduces_last(node: fx.Node, scope: Scope) -> bool:
 
 def written_out() -> Pattern:
     """Attention spelled as operations of its own."""
-    normalised = Call.of(NORMALISERS, _scores(), name="normaliser", where=_reduces_last)
+    normalised = Call.of(NORMALISERS, _scores(), name="normaliser", where=reduces_last)
     weights = Repeat(_weight_step, normalised, limit=8)
     values = Any_("value", _computed)
     return Either.of(

@@ -38,6 +38,7 @@ _TAKES = {
     aten.slice.Tensor, aten.select.int, aten.narrow.default, operator.getitem, aten.split.Tensor, aten.chunk.default,
     aten.split_with_sizes.default, aten.unbind.int,
 }  # fmt: skip
+_PIECES = {aten.slice.Tensor, aten.select.int, aten.narrow.default, operator.getitem}
 _NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 _TURNS = {aten.transpose.int, aten.permute.default, aten.t.default, aten.movedim.int}
 _LIMIT = 80  # values between two products of a block
@@ -95,7 +96,7 @@ def read_hidden(value: fx.Node, around: Surroundings, known: Callable[[fx.Node],
     known
         Values that count as constants besides weights, such as a router's.
     """
-    reader = _Reader(around, known or (lambda node: False))
+    reader = _Reader(around, known or (lambda node: False), value)
     reached = reader.leaves(value)
     if isinstance(reached, str):
         return reached
@@ -105,8 +106,8 @@ def read_hidden(value: fx.Node, around: Surroundings, known: Callable[[fx.Node],
         if not name:
             return "no activation stands between the products"
         (leaf,) = reached
-        if name == "glu":
-            return Hidden(leaf, leaf, "sigmoid", nodes)
+        if name == "glu" or reader.halves(nodes):
+            return Hidden(leaf, leaf, "sigmoid" if name == "glu" else name, nodes)
         return Hidden(None, leaf, name, nodes)
     if len(reached) > 2:
         return f"what enters is made of {len(reached)} products, not one or two"
@@ -130,8 +131,8 @@ def read_hidden(value: fx.Node, around: Surroundings, known: Callable[[fx.Node],
 
 
 class _Reader:
-    def __init__(self, around: Surroundings, known: Callable[[fx.Node], bool]) -> None:
-        self.around, self.known = around, known
+    def __init__(self, around: Surroundings, known: Callable[[fx.Node], bool], value: fx.Node) -> None:
+        self.around, self.known, self.run = around, known, value if _one_run(value) else None
         self._leaf: dict[fx.Node, Leaf | None] = {}
         self._taken: dict[fx.Node, dict[fx.Node, None]] = {}
 
@@ -142,6 +143,7 @@ class _Reader:
         """Products (or parts of them) that a value is made of, or why they cannot be told."""
         found: set[Leaf] = set()
         taken = self._taken[value] = {}
+        self._from = value
         queue, seen = deque([value]), {value}
         while queue:
             node = queue.popleft()
@@ -160,6 +162,16 @@ class _Reader:
                     queue.append(operand)
         return found or "no product leads here"
 
+    def halves(self, nodes: Iterable[fx.Node]) -> bool:
+        """Whether rows of several experts are joined, and two takes of what is joined multiplied with each other."""
+        products = [n for n in nodes if self.run is not None and n.target is aten.mul.Tensor]
+        for node in products:
+            sides = [a for a in node.args[:2] if isinstance(a, fx.Node) and isinstance(self.leaves(a), set)]
+            takes = [{n for n in self.taken(side) if n.target in _PIECES} for side in sides]
+            if len(takes) == 2 and takes[0] and takes[1] and not takes[0] & takes[1]:
+                return True
+        return False
+
     def taken(self, value: fx.Node) -> Iterable[fx.Node]:
         """Values seen on the way, the last first."""
         return self._taken[value]
@@ -168,6 +180,8 @@ class _Reader:
         norm = self._norm(node)
         if norm is not None and norm.x is not None:
             return [norm.x]
+        if (own := self._own_rows(node)) is not None:
+            return [own]
         read = (
             node.args[:1] if node.target is aten.type_as.default else node.all_input_nodes
         )  # the other lends its dtype
@@ -182,6 +196,22 @@ class _Reader:
             and not (isinstance(value, Tensor) and not value.is_floating_point())
         )
 
+    def _own_rows(self, node: fx.Node) -> fx.Node | None:
+        """Of rows of all experts joined in order, those of the expert that the value is of."""
+        if self.run is None or node.target is not aten.cat.default or (len(node.args) > 1 and node.args[1] != 0):
+            return None
+        split: Any = self.run.args[0]
+        joined: Any = node.args[0]
+        sizes = [size.meta["val"] if isinstance(size, fx.Node) else size for size in split.args[1]]
+        if [str(n.meta["val"].shape[0]) for n in joined] != [str(size) for size in sizes]:
+            return None
+        rows = str(node.meta["val"].shape[0])
+        between = self._taken[self._from].keys() - {self.run, split, node}
+        if any(isinstance(v := n.meta.get("val"), Tensor) and v.ndim and str(v.shape[0]) != rows for n in between):
+            return None
+        own: fx.Node = joined[self.run.args[1]]
+        return own
+
     def _refusal(self, node: fx.Node) -> str | None:
         if node.op != "call_function":
             return f"it is made of the input '{node.name}', not of a product"
@@ -190,7 +220,11 @@ class _Reader:
         target = node.target
         if target in _TURNS:
             return f"'{node.name}' turns dimensions between the products"
-        if self._norm(node) is not None or target in _NORMS | _VIEWS | _CASTS | _TAKES:
+        if (
+            self._own_rows(node) is not None
+            or self._norm(node) is not None
+            or target in _NORMS | _VIEWS | _CASTS | _TAKES
+        ):
             return None
         if isinstance(target, torch._ops.OpOverload) and (target in ACTIVATIONS or torch.Tag.pointwise in target.tags):
             return None
@@ -213,6 +247,12 @@ class _Reader:
         taken.update(dict.fromkeys(path))
         site, use = products[0]
         return Leaf(at, piece_read(Origin(site, use, path[::-1])).part)
+
+
+def _one_run(value: fx.Node) -> bool:
+    """Whether a value is one of several runs of rows."""
+    split: Any = value.args[0] if value.target is operator.getitem else None
+    return isinstance(split, fx.Node) and split.target is aten.split_with_sizes.default and len(split.args) == 2
 
 
 def _activation(nodes: tuple[fx.Node, ...], around: Surroundings) -> str:

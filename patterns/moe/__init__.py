@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from recast.patterns.language import Call, Match
 from recast.patterns.mlp import common_name
 from recast.patterns.moe.experts import read_experts, read_tokens
-from recast.patterns.moe.routing import CHOICES, chooses, read_router
+from recast.patterns.moe.routing import CHOICES, LOOKUPS, by_table, chooses, entrances, read_router
 from recast.patterns.rules import Rule, Surroundings
 from recast.patterns.sites import MoESite, Piece, source_line
 
@@ -24,12 +24,17 @@ def _build(match: Match, around: Surroundings) -> MoESite | str:
     router = read_router(choice, around)
     if isinstance(router, str):
         return router
-    tokens = read_tokens(router, around)
-    experts = read_experts(router, tokens, around)
-    if isinstance(experts, str):
-        return experts
+    reason = ""
+    for x in entrances(router, around):
+        tokens = read_tokens(router, around, x)
+        experts = read_experts(router, tokens, around)
+        if not isinstance(experts, str):
+            break
+        reason = reason or experts
+    else:
+        return reason
     count, scored = len(experts.by_role), router.site.out_features
-    notes = []
+    notes = [experts.note] if experts.note else []
     if count < 2:
         return f"one expert ('{next(iter(experts.by_role[0].values())).name}') is no mixture"
     if count < scored:
@@ -58,7 +63,7 @@ def _build(match: Match, around: Surroundings) -> MoESite | str:
         notes=tuple(notes),
         node=nodes[-1],
         nodes=tuple(nodes),
-        pattern="moe",
+        pattern="moe" if choice.target in CHOICES else "moe_by_table",
         where=source_line(choice),
     )
 
@@ -74,4 +79,5 @@ def _suspicious(node: fx.Node, around: Surroundings) -> bool:
 
 RULES = (
     Rule("moe", "moe", Call(CHOICES, where=lambda node, scope: chooses(node)), _build, _ANCHORS, _suspicious, order=40),
+    Rule("moe_by_table", "moe", Call(LOOKUPS, where=by_table), _build, order=41),
 )

@@ -14,7 +14,7 @@ from recast.patterns.linear.find import product_flops
 from recast.patterns.mlp.hidden import Hidden, read_hidden
 from recast.patterns.moe.routing import FRESH, Router, values_read
 from recast.patterns.rules import Surroundings
-from recast.patterns.sites import Piece
+from recast.patterns.sites import LinearSite, Piece
 
 __all__ = ["Experts", "Tokens", "read_experts", "read_tokens"]
 
@@ -72,6 +72,8 @@ class Experts:
         See `recast.patterns.sites.MoESite`.
     nodes
         Values that compute them and combine what they give, shared ones left out.
+    note
+        What is unusual about them.
     """
 
     by_role: tuple[dict[str, Piece], ...]
@@ -79,11 +81,12 @@ class Experts:
     dispatch: str
     activation: str
     nodes: set[fx.Node]
+    note: str = ""
 
 
-def read_tokens(router: Router, around: Surroundings) -> Tokens:
-    """Follow what enters the router to every form in which it enters experts."""
-    x = router.use.x
+def read_tokens(router: Router, around: Surroundings, entrance: fx.Node) -> Tokens:
+    """Follow what enters the router (`entrance`) to every form in which it enters experts."""
+    x = entrance
     while x.op == "call_function" and x.target in _VIEWS and isinstance(x.args[0], fx.Node) and not around.products(x):
         x = x.args[0]
     plain, sent = {x: None}, dict[fx.Node, None]()
@@ -142,6 +145,7 @@ def read_experts(router: Router, tokens: Tokens, around: Surroundings) -> Expert
         if isinstance(roles, str):
             return roles
         found += roles
+    apart = "" if found else _apart(firsts, list(lasts), found, nodes, around)
     if not found:
         return "no expert is made of linears as known here: " + "; ".join(reasons[:2])
     found.sort(key=lambda item: item[0])
@@ -153,7 +157,30 @@ def read_experts(router: Router, tokens: Tokens, around: Surroundings) -> Expert
         _dispatch(router, tokens, found, around),
         " or ".join(activations),
         nodes,
+        apart,
     )
+
+
+def _apart(
+    firsts: list[fx.Node],
+    lasts: list[fx.Node],
+    found: list[tuple[tuple[Any, ...], dict[str, Piece]]],
+    nodes: set[fx.Node],
+    around: Surroundings,
+) -> str:
+    """Experts of two linears with something larger than an activation between (mixtures of attention heads), paired by number."""
+
+    def numbered(products: list[fx.Node]) -> dict[int, LinearSite]:
+        sites = [(site, use) for product in products for site, use in around.products(product)]
+        last = {site.name: [int(n) for n in re.findall(r"\d+", site.name)][-1:] for site, _ in sites}
+        return {use.index if use.index is not None else (last[site.name] or [-1])[0]: site for site, use in sites}
+
+    ins, outs = numbered(firsts), numbered(lasts)
+    if len(ins) < 2 or set(ins) != set(outs) or len({s.shape for s in ins.values()} | {None}) > 2:
+        return ""
+    found += [((number,), {"in": Piece(ins[number]), "out": Piece(outs[number])}) for number in sorted(ins)]
+    nodes |= {*firsts, *lasts}
+    return "something else than an activation lies between the two linears of an expert"
 
 
 def _combined(router: Router, tokens: Tokens, around: Surroundings) -> dict[fx.Node, None]:

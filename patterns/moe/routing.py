@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from recast.patterns.language import CASTS, COPIES, VIEWS, Scope
 from recast.patterns.linear.find import product_flops
+from recast.patterns.provenance import origins
 from recast.patterns.rules import Surroundings
 from recast.patterns.sites import LinearSite, Use
 
-__all__ = ["CHOICES", "FRESH", "Router", "chooses", "read_router", "values_read"]
+__all__ = ["CHOICES", "FRESH", "LOOKUPS", "Router", "by_table", "chooses", "entrances", "read_router", "values_read"]
 
 aten = torch.ops.aten
 
 CHOICES: frozenset[Any] = frozenset({aten.topk.default, aten.argmax.default, aten.max.dim})
+LOOKUPS: frozenset[Any] = frozenset({aten.gather.default})
 FRESH: frozenset[Any] = frozenset(
     {
         aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format, aten.arange.default,
@@ -29,6 +33,7 @@ FRESH: frozenset[Any] = frozenset(
 )  # fmt: skip
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 _SUMS = {"sum", "norm", "linalg_vector_norm"}
+_TABLES = {aten.index.Tensor, aten.index_select.default, aten.embedding.default}
 _LIMIT = 150  # values between a router and the choice
 
 
@@ -64,7 +69,8 @@ def read_router(choice: fx.Node, around: Surroundings) -> Router | str:
         return found
     site, use = found
     before = _above(choice, use.node)
-    cone = _cone(use.node, around)
+    table = [choice.args[2]] if choice.target in LOOKUPS and isinstance(choice.args[2], fx.Node) else []
+    cone = _cone([use.node, *table], around)
     top_k = _top_k(choice, cone)
     if top_k is None:
         return "how many experts are chosen depends on the input"
@@ -82,6 +88,18 @@ def read_router(choice: fx.Node, around: Surroundings) -> Router | str:
         _groups(groups),
         _scale(after, cone),
     )
+
+
+def entrances(router: Router, around: Surroundings) -> Iterator[fx.Node]:
+    """What enters the router: its last linear, and of a router of several those before, nearest first."""
+    queue, seen = deque([router.use.x]), {router.use.x}
+    while queue and len(seen) < 8:
+        x = queue.popleft()
+        yield x
+        for origin in origins(x, around, limit=40):
+            if origin.use.x not in seen:
+                seen.add(origin.use.x)
+                queue.append(origin.use.x)
 
 
 def _groups(choices: list[fx.Node]) -> int:
@@ -131,12 +149,12 @@ def _above(choice: fx.Node, router: fx.Node) -> dict[fx.Node, None]:
     return seen
 
 
-def _cone(scores: fx.Node, around: Surroundings) -> dict[fx.Node, None]:
+def _cone(scores: list[fx.Node], around: Surroundings) -> dict[fx.Node, None]:
     """Values that depend on activations through these scores only. Products end it, and so does what joins other values."""
-    cone: dict[fx.Node, None] = {scores: None}
-    waiting = [(around.position[u], u) for u in scores.users]
+    cone: dict[fx.Node, None] = dict.fromkeys(scores)
+    queued = {user for node in scores for user in node.users}
+    waiting = [(around.position[u], u) for u in queued]
     heapq.heapify(waiting)
-    queued = set(scores.users)
     while waiting:
         _, node = heapq.heappop(waiting)
         if node.op != "call_function" or around.products(node) or not all(
@@ -174,6 +192,8 @@ def _last_size(value: Any) -> int | None:
 def _top_k(choice: fx.Node, cone: dict[fx.Node, None]) -> int | None:
     if choice.target is aten.topk.default:
         return choice.args[1] if isinstance(choice.args[1], int) else None
+    if choice.target in LOOKUPS:
+        return _last_size(choice.args[2])
     if choice.target is aten.argmax.default:  # one at a time, the first taken out before the second is looked for
         return sum(n.target is aten.argmax.default for n in cone)
     return max(1, sum(n.target is aten.max.dim and chooses(n) for n in cone))
@@ -182,6 +202,16 @@ def _top_k(choice: fx.Node, cone: dict[fx.Node, None]) -> int | None:
 def chooses(node: fx.Node) -> bool:
     """Whether places are asked for, not only the largest values."""
     return node.target is not aten.max.dim or any(len(u.args) > 1 and u.args[1] == 1 for u in node.users)
+
+
+def by_table(node: fx.Node, scope: Scope) -> bool:
+    """Whether scores are taken at places that a table of the model gives for each token: routing by hash."""
+    at: Any = scope.arguments(node)[2]
+    while isinstance(at, fx.Node) and at.op == "call_function" and at.target in VIEWS | CASTS | COPIES:
+        at = at.args[0]
+    if not isinstance(at, fx.Node) or at.target not in _TABLES or at.args[0] not in scope.constants:
+        return False
+    return not at.meta["val"].dtype.is_floating_point
 
 
 def _scoring(before: dict[fx.Node, None], after: list[fx.Node]) -> tuple[str, bool]:
