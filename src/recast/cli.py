@@ -61,6 +61,7 @@ def run(arguments: list[str]) -> int:
     """Run a command; give the exit status. Errors a user can cause are one message on standard error."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # torch's and transformers' advice is for those who call them
+    os.environ.setdefault("TORCH_LOGS", "-all")  # the same for what torch logs; read when it is imported
     try:
         status = app(args=arguments, prog_name="recast", standalone_mode=False)
         sys.stdout.flush()
