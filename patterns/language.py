@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
     "Through",
     "Trail",
     "Weight",
+    "among",
     "in_words",
     "match_at",
     "maybe",
@@ -255,6 +257,16 @@ class Weight(Pattern):
         yield from Any_(self.name, self.where).match(value, state, scope, trail)
 
 
+@functools.lru_cache(maxsize=4096)
+def _identities(ops: frozenset[Any]) -> frozenset[int]:
+    return frozenset(map(id, ops))
+
+
+def among(node: fx.Node, ops: frozenset[Any]) -> bool:
+    """Whether a node calls one of some operations: by identity, as torch hashes an operation in Python, once for each look."""
+    return id(node.target) in _identities(ops)
+
+
 @dataclasses.dataclass(frozen=True)
 class Call(Pattern):
     """A call of one of some operations.
@@ -301,7 +313,7 @@ class Call(Pattern):
 
     def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
         """Take the node in, then match its operands."""
-        if not isinstance(value, fx.Node) or value.op != "call_function" or value.target not in self.ops:
+        if not isinstance(value, fx.Node) or value.op != "call_function" or not among(value, self.ops):
             trail.fail(state, value, lambda: f"{_called(value)} is not {_names(self.ops)}")
             return
         if self.where is not None and not self.where(value, scope):
@@ -366,7 +378,7 @@ class Through(Pattern):
         """Match here, or one step further up."""
         while True:
             yield from self.inner.match(value, state, scope, trail)
-            if not isinstance(value, fx.Node) or value.op != "call_function" or value.target not in self.ops:
+            if not isinstance(value, fx.Node) or value.op != "call_function" or not among(value, self.ops):
                 return
             state = state.take(value)
             value = value.args[0]

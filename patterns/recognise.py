@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from recast.patterns.constants import Constants
-from recast.patterns.language import Match, Reason, Scope, Trail, in_words, match_at
+from recast.patterns.language import Match, Reason, Scope, Trail, among, in_words, match_at
 from recast.patterns.linear.find import find_linear
 from recast.patterns.memo import remembered
 from recast.patterns.program import Program
@@ -100,14 +100,15 @@ def _kind(
             elif trail.node is not None:
                 _note(failed, trail.seen, rule, (trail.depth, rule, trail.words, trail.node))
                 for node, (depth, reason) in trail.failures.items():
-                    if node.target in rule.anchors:
+                    if among(node, rule.anchors):
                         _note(failed, (node,), rule, (depth, rule, reason, node))
     around.add(_named_apart([site for _, site in sorted(found, key=lambda item: item[0])], around))
     misses = []
     told: set[tuple[str, str, fx.Node]] = set()
-    for node in position:
-        anchored = [rule for rule in tried if node.target in rule.anchors]
-        if not anchored or node in owner or not any(rule.suspicious(node, around) for rule in anchored):
+    anchored_at = {t: [rule for rule in tried if t in rule.anchors] for t in by_target}
+    suspects = [(node, rules_) for t, rules_ in anchored_at.items() if rules_ for node in by_target[t]]
+    for node, anchored in sorted(suspects, key=lambda item: position[item[0]]):
+        if node in owner or not any(rule.suspicious(node, around) for rule in anchored):
             continue
         if node in failed:
             _, rule, why, reached = failed[node]
@@ -142,5 +143,5 @@ def _note(
     failure: Failure,
 ) -> None:
     for node in nodes:
-        if node.target in rule.anchors and (node not in failed or failed[node][0] <= failure[0]):
+        if among(node, rule.anchors) and (node not in failed or failed[node][0] <= failure[0]):
             failed[node] = failure
