@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.operator import Cost, Operator, Refit
+from recast.passes.forms.permutation import Reordering
 from recast.passes.forms.stats import Stats
 
 __all__ = ["DirectSum", "Product", "RowStack", "Sum"]
@@ -44,6 +45,10 @@ class Product(Operator):
         return self.left.apply(self.right.apply(x))
 
     def to_dense(self) -> Tensor:
+        if isinstance(self.left, Reordering):
+            return self.left.apply(self.right.to_dense().to(self.dtype).T).T
+        if isinstance(self.right, Reordering):
+            return self.right.inverse().apply(self.left.to_dense().to(self.dtype))
         return self.left.to_dense().to(self.dtype) @ self.right.to_dense().to(self.dtype)
 
     def cost(self, tokens: int) -> Cost:

@@ -19,7 +19,7 @@ from recast.passes.forms.operator import Cost, Dense, Operator, Refit, matmul_co
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
-__all__ = ["BlockDiagonal", "BlockDiagonalForm"]
+__all__ = ["BlockDiagonal", "BlockDiagonalForm", "even_split"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -112,17 +112,7 @@ class BlockDiagonalForm(NamedForm):
         return [cls(b) for b in chain]
 
     def problem(self, shape: tuple[int, int]) -> tuple[str, str] | None:
-        uneven = [size for size in shape if size % self.blocks]
-        if not uneven:
-            return None
-        common = _divisors(math.gcd(*shape))
-        below = [b for b in common if b < self.blocks][-1:]
-        above = [b for b in common if b > self.blocks][:1]
-        works = " or ".join(str(b) for b in below + above)
-        return (
-            f"does not split into {self.blocks} blocks ({uneven[0]} % {self.blocks} = {uneven[0] % self.blocks})",
-            f"{works} would",
-        )
+        return even_split(shape, self.blocks)
 
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> BlockDiagonal:
         m, n = shape
@@ -146,6 +136,21 @@ class BlockDiagonalForm(NamedForm):
             rest = rows @ gram[:, seen] - rows[:, seen] @ within
             solved.append(rows[:, seen] + rest @ pseudo_inverse(within))
         return BlockDiagonal(torch.stack(solved).to(weight.dtype))
+
+
+def even_split(shape: tuple[int, int], blocks: int) -> tuple[str, str] | None:
+    """Say which side of a weight does not split into so many blocks, and which numbers nearby would, or None."""
+    uneven = [size for size in shape if size % blocks]
+    if not uneven:
+        return None
+    common = _divisors(math.gcd(*shape))
+    below = [b for b in common if b < blocks][-1:]
+    above = [b for b in common if b > blocks][:1]
+    works = " or ".join(str(b) for b in below + above)
+    return (
+        f"does not split into {blocks} blocks ({uneven[0]} % {blocks} = {uneven[0] % blocks})",
+        f"{works} would",
+    )
 
 
 def _divisors(number: int) -> list[int]:
