@@ -14,6 +14,7 @@ from recast.lowering.packed import Packed, chooser, plain
 from recast.passes.forms.block_diagonal import BlockDiagonal
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.quantized import Quantized
+from recast.passes.forms.sparse import Sparse
 
 __all__ = ["kernels"]
 
@@ -38,6 +39,11 @@ def _leaf(operator: Operator, accuracy_level: int) -> Packed | None:
         return Packed(operator, "MatMul", {"weight": operator.weight.t().contiguous()}, _matmul)
     if isinstance(operator, Quantized):
         return _quantized(operator, accuracy_level)
+    if isinstance(operator, Sparse):
+        # ONNX Runtime has no product with packed sparse weights: zeros are written out, in memory and in the file.
+        return Packed(
+            operator, "MatMul (sparse, written out)", {"weight": operator.to_dense().t().contiguous()}, _matmul
+        )
     if isinstance(operator, BlockDiagonal):
         return Packed(operator, "batched MatMul", {"blocks": operator.blocks.transpose(1, 2).contiguous()}, _blocks)
     return None
