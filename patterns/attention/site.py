@@ -12,8 +12,9 @@ from torch import Tensor, fx
 
 from recast.patterns.attention.spellings import NORMALISERS, SDPA
 from recast.patterns.attention.steps import Steps, read_steps
-from recast.patterns.language import COPIES, VIEWS, Match, literal
+from recast.patterns.language import COPIES, VIEWS, Match, among, literal
 from recast.patterns.linear.packing import size_hint
+from recast.patterns.program import fixed_size
 from recast.patterns.provenance import Origin, follows, origins, piece_read
 from recast.patterns.rules import Surroundings
 from recast.patterns.sites import AttentionSite, NormSite, Piece, RotarySite, source_line
@@ -24,6 +25,7 @@ aten = torch.ops.aten
 
 _WRITES = {"cat", "index_copy", "index_put", "slice_scatter", "scatter", "where", "stack"}
 _CAUSAL = {"le", "lt", "ge", "gt", "tril", "triu"}
+_LAID_OUT = VIEWS | COPIES
 
 
 def build(match: Match, around: Surroundings) -> AttentionSite | str:
@@ -200,7 +202,7 @@ def _compares_positions(node: fx.Node) -> bool:
     if "tri" in str(node.target):
         return True
     sides = [a for a in node.args[:2] if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
-    return len(sides) == 2 and all(a.meta["val"].ndim > 0 and a.meta["val"].numel() != 1 for a in sides)
+    return len(sides) == 2 and all(any(fixed_size(s) != 1 for s in a.meta["val"].shape) for a in sides)
 
 
 def _learned(mask: fx.Node, around: Surroundings) -> bool:
@@ -233,7 +235,7 @@ def _cross(first: Origin | None, second: Origin | None) -> bool:
 
 
 def _plain(node: fx.Node) -> fx.Node:
-    while node.op == "call_function" and node.target in VIEWS | COPIES:
+    while node.op == "call_function" and among(node, _LAID_OUT):
         node = node.args[0]  # type: ignore[assignment]
     return node
 
