@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from recast.patterns.language import CASTS, COPIES, VIEWS, Call, Either, Literal, Pattern, Scope, Through, Weight
+from recast.patterns.language import CASTS, COPIES, VIEWS, Call, Either, Literal, Pattern, Scope, Through, Weight, among
 from recast.patterns.rules import Surroundings
 
 __all__ = [
@@ -190,10 +190,10 @@ def _has_root(node: fx.Node, scope: Scope) -> bool:
 
 def _leads_to_root(node: fx.Node) -> bool:
     for _ in range(8):
-        if node.op != "call_function" or node.target in _ROOTS:
+        if node.op != "call_function" or among(node, _ROOTS):
             return node.op == "call_function"
-        operands = node.all_input_nodes
-        if node.target not in _BETWEEN or not operands:
+        operands = node.all_input_nodes if among(node, _BETWEEN) else ()
+        if not operands:
             return False
         node = operands[0]
     return False

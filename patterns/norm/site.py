@@ -105,7 +105,9 @@ def _epsilon(match: Match, value: Tensor) -> float:
 
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for every input; asking adds no guard."""
-    return statically_known_true(a == b)
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return a is b or statically_known_true(a == b)
 
 
 def _statistic(match: Match, value: Any, features: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from recast.patterns.language import Pattern, Scope, State, Trail
+from recast.patterns.language import Pattern, Scope, State, Trail, among
 from recast.patterns.norm.site import same_size
 from recast.patterns.program import fixed_size
 
@@ -132,12 +132,15 @@ def joined(node: fx.Node) -> tuple[list[Any], str, tuple[fx.Node, ...]] | None:
     """What a value is made of along its last dimension: one behind the other (``half``) or by turns (``interleaved``)."""
     if node.op != "call_function":
         return None
-    shape, args = _features(node), _any(node.args)
-    if node.target is aten.cat.default and shape is not None:
-        dim = (*args[1:], *node.kwargs.values(), 0)[0]
-        return (list(args[0]), "half", (node,)) if _is_last(dim, shape[0]) else None
-    stack: Any = args[0] if node.target in _FLAT else None
-    if not isinstance(stack, fx.Node) or stack.target is not aten.stack.default or shape is None:
+    args = _any(node.args)
+    if node.target is aten.cat.default:
+        shape, dim = _features(node), (*args[1:], *node.kwargs.values(), 0)[0]
+        return (list(args[0]), "half", (node,)) if shape is not None and _is_last(dim, shape[0]) else None
+    stack: Any = args[0] if among(node, _FLAT) else None
+    if not isinstance(stack, fx.Node) or stack.target is not aten.stack.default:  # what most values are
+        return None
+    shape = _features(node)
+    if shape is None:
         return None
     pairs = _features(stack)
     dim = (*stack.args[1:], *stack.kwargs.values(), 0)[0]
@@ -161,7 +164,7 @@ class Part(Pattern):
         found = part_read(value) if isinstance(value, fx.Node) else None
         if found is None or found[2] != self.index:
             which = ("first", "second")[self.index]
-            trail.fail(state, value, f"'{value}' does not show the {which} features of pairs")
+            trail.fail(state, value, lambda: f"'{value}' does not show the {which} features of pairs")
             return
         source, layout, _, nodes = found
         for node in reversed(nodes):
@@ -189,7 +192,7 @@ class Joined(Pattern):
         """Take the concatenation in, then match both parts."""
         found = joined(value) if isinstance(value, fx.Node) else None
         if found is None or len(found[0]) != 2 or found[1] not in self.ways:
-            trail.fail(state, value, f"'{value}' does not join two values along the last dimension")
+            trail.fail(state, value, lambda: f"'{value}' does not join two values along the last dimension")
             return
         for node in reversed(found[2]):
             state = state.take(node)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from recast.patterns.language import CASTS, COPIES, Any_, Call, Either, Match, Pattern, Scope, Through
+from recast.patterns.language import CASTS, COPIES, Any_, Call, Either, Match, Pattern, Scope, Through, among
 from recast.patterns.norm.site import module_path
 from recast.patterns.rotary.dialect import rotary, rotary_complex
 from recast.patterns.rotary.pieces import Joined, Part, joined, part_read, range_read, same_rows
@@ -19,6 +19,7 @@ __all__ = ["RULES"]
 aten = torch.ops.aten
 
 _MUL, _ADD, _SUB, _NEG = (aten.mul.Tensor,), (aten.add.Tensor,), (aten.sub.Tensor,), (aten.neg.default,)
+_SAME = CASTS | COPIES
 _VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints})
 
 
@@ -37,7 +38,7 @@ def _is_turned(node: fx.Node, scope: Scope) -> bool:
 
 
 def _uncast(node: fx.Node) -> fx.Node:
-    while node.op == "call_function" and node.target in CASTS | COPIES and isinstance(node.args[0], fx.Node):
+    while node.op == "call_function" and among(node, _SAME) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
