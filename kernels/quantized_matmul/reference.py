@@ -2,8 +2,8 @@
 
 A weight (m, n) is kept as integer codes with one scale, and perhaps one zero point, for each group of `group`
 consecutive inputs of a row; the last group may be shorter. ``weight = (code - zero) * scale``. Eight-bit codes are
-int8. Four-bit codes are 0..15, two to a uint8 byte, the even input in the low half; without zero points, 8 stands for
-zero.
+int8. Codes of two, three and four bits count from 0 and are packed in uint8 bytes; without zero points, the middle of
+the range (8 of 0..15) stands for zero. Four-bit codes are two to a byte, the even input in the low half.
 
 Every function traces: sizes of the weight are fixed, the number of tokens may be symbolic. All of it runs in float64
 too.
@@ -21,9 +21,13 @@ __all__ = [
     "dynamic_int8_matmul",
     "group_count",
     "integer_matmul",
+    "pack_codes",
     "pack_int4",
+    "packed_bytes",
     "quantize",
     "quantize_tokens",
+    "spread",
+    "unpack_codes",
     "unpack_int4",
 ]
 
@@ -43,10 +47,10 @@ def code_range(bits: int, symmetric: bool, reduce_range: bool = False) -> tuple[
     With `reduce_range`, int8 codes stay within -64..64: products with bytes, added in pairs, then fit 16 bits, as x86 without
     VNNI adds them.
     """
-    if bits not in (4, 8):
-        raise ValueError(f"quantize: {bits} bits are not supported; 4 or 8 would work")
-    if bits == 4:
-        return (-8, 7) if symmetric else (0, 15)
+    if bits not in (2, 3, 4, 8):
+        raise ValueError(f"quantize: {bits} bits are not supported; 2, 3, 4 or 8 would work")
+    if bits < 8:
+        return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
     if reduce_range:
         return (-64, 64)
     return (-127, 127) if symmetric else (-128, 127)
@@ -72,6 +76,59 @@ def unpack_int4(packed: Tensor, features: int) -> Tensor:
     return pairs.reshape(packed.shape[0], -1)[:, :features]
 
 
+def _planes(bits: int) -> list[int]:
+    """Widths of the planes that codes are cut into, low bits first: powers of two, which do not cross bytes."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"codes of {bits} bits cannot be packed; 1 to 8 would work")
+    return [width for width in (8, 4, 2, 1) if bits & width]
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Return how many bytes `pack_codes` takes for a row of `count` codes."""
+    return sum(-(-count * width // 8) for width in _planes(bits))
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes 0..2^bits-1 (m, n) into bytes (m, `packed_bytes`), whatever the number of bits.
+
+    The bits of a code are cut into planes of 4, 2 and 1 bits, as `bits` needs them, low bits first: three-bit codes
+    are a plane of two-bit numbers followed by a plane of single bits. Within a plane the first input is lowest.
+
+    Examples
+    --------
+    >>> pack_codes(torch.tensor([[1, 2, 3, 7]]), 3).tolist()
+    [[249, 8]]
+    """
+    codes = codes.to(torch.uint8)
+    parts, shift = [], 0
+    for width in _planes(bits):
+        each = 8 // width
+        plane = (codes >> shift) & (2**width - 1)
+        plane = torch.nn.functional.pad(plane, (0, -plane.shape[1] % each))
+        packed = plane[:, 0::each]
+        for i in range(1, each):
+            packed = packed | (plane[:, i::each] << (i * width))
+        parts.append(packed)
+        shift += width
+    return torch.cat(parts, 1)
+
+
+def unpack_codes(packed: Tensor, bits: int, features: int) -> Tensor:
+    """Undo `pack_codes`: codes (m, features), uint8, or int32 where several planes make a code."""
+    codes, shift, start = None, 0, 0
+    for width in _planes(bits):
+        size = -(-features * width // 8)
+        part = packed[:, start : start + size]
+        # (% and not &, which torch 2.13 writes to ONNX with operands of two types.)
+        numbers = [(part >> (i * width)) % 2**width if width < 8 else part for i in range(8 // width)]
+        plane = torch.stack(numbers, -1).reshape(packed.shape[0], -1)[:, :features]
+        # (Sums in int32 and not bits put together: ONNX Runtime has no such products of bytes.)
+        codes = plane if codes is None else codes.to(torch.int32) + plane.to(torch.int32) * 2**shift
+        shift, start = shift + width, start + size
+    assert codes is not None  # there is at least one plane
+    return codes
+
+
 def quantize(
     weight: Tensor,
     scale: Tensor,
@@ -90,25 +147,25 @@ def quantize(
     scale, zero
         (m, groups); `zero` is None for a symmetric code.
     bits, group
-        4 or 8; inputs in a group, None for all of them.
+        2, 3, 4 or 8; inputs in a group, None for all of them.
     reduce_range
         Keep int8 codes within -64..64, see `code_range`.
 
     Returns
     -------
-    int8 (m, n), or uint8 (m, ⌈n/2⌉) for four bits.
+    int8 (m, n), or below eight bits what `pack_codes` gives.
     """
     n = weight.shape[1]
     low, high = code_range(bits, zero is None, reduce_range)
-    each = _spread(scale, n, group)
+    each = spread(scale, n, group)
     # A group of zeros has scale 0; its codes are 0 whatever they are divided by.
     codes = torch.round(weight.to(scale.dtype) / torch.where(each == 0, 1, each))
     if zero is not None:
-        codes = codes + _spread(zero, n, group).to(codes.dtype)
+        codes = codes + spread(zero, n, group).to(codes.dtype)
     codes = codes.clamp(low, high)
     if bits == 8:
         return codes.to(torch.int8)
-    return pack_int4(codes + 8 if zero is None else codes)
+    return pack_codes(codes + 2 ** (bits - 1) if zero is None else codes, bits)
 
 
 def dequantize(
@@ -129,13 +186,13 @@ def dequantize(
     >>> dequantize(codes, torch.tensor([[0.5]]), None, bits=8, group=None, features=2)
     tensor([[ 1., -2.]])
     """
-    codes = unpack_int4(values, features) if bits == 4 else values
+    codes = unpack_codes(values, bits, features) if bits < 8 else values
     numbers = codes.to(scale.dtype)
     if zero is not None:
-        numbers = numbers - _spread(zero, features, group).to(scale.dtype)
-    elif bits == 4:
-        numbers = numbers - 8
-    weight = numbers * _spread(scale, features, group)
+        numbers = numbers - spread(zero, features, group).to(scale.dtype)
+    elif bits < 8:
+        numbers = numbers - 2 ** (bits - 1)
+    weight = numbers * spread(scale, features, group)
     return weight if dtype is None else weight.to(dtype)
 
 
@@ -281,8 +338,8 @@ def _groups_first(codes: Tensor, group: int, groups: int) -> Tensor:
     return padded.reshape(-1, groups, group).transpose(0, 1)
 
 
-def _spread(per_group: Tensor, features: int, group: int | None) -> Tensor:
-    """Repeat (m, groups) so that it broadcasts against (m, features)."""
+def spread(per_group: Tensor, features: int, group: int | None) -> Tensor:
+    """Repeat what each group holds, (m, groups), so that it broadcasts against (m, features)."""
     if per_group.shape[1] == 1 or group is None:
         return per_group
     # Gathered rather than expanded and cut: Inductor (torch 2.13, CPU) compiles `expand(...).reshape(...)[:, :n]` to code

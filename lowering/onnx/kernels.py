@@ -70,4 +70,7 @@ def _quantized(operator: Quantized, accuracy_level: int) -> Packed | None:
         made = four_bit(operator, accuracy_level)
         if made is not None:
             return Packed(operator, *made)
+    if operator.bits < 4:
+        # Unpacked by standard operators, once when the session is made: the file holds two or three bits a value.
+        return None
     return Packed(operator, *dequantized(operator))

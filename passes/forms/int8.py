@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.form import NamedForm
+from recast.passes.forms.integer import check_rounding
 from recast.passes.forms.quantized import Quantized, fit_quantized, outline_quantized
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
@@ -44,6 +45,8 @@ class Int8(NamedForm):
     )
     reduce_range: bool = field(default=False, metadata={"help": "codes within -64..64, exact without VNNI"})
     symmetric: bool = field(default=True, metadata={"help": "zero is code 0; false: a zero point for each group"})
+    rounding: str = field(default="nearest", metadata={"help": "'nearest', or with data 'gptq' or 'quantease'"})
+    act_order: bool = field(default=False, metadata={"help": "gptq: round inputs of the largest mean square first"})
 
     def __post_init__(self) -> None:
         if self.group is not None and self.group < 1:
@@ -52,6 +55,7 @@ class Int8(NamedForm):
             raise FormError("int8: per_token=false speaks of activations, which are left alone; add activations=true")
         if self.reduce_range and not self.symmetric:
             raise FormError("int8: reduce_range goes with symmetric codes; leave symmetric=false out")
+        check_rounding("int8", self.rounding, self.act_order)
 
     @property
     def dense_leaves(self) -> bool:
@@ -74,7 +78,15 @@ class Int8(NamedForm):
         return [cls(), cls(group=16), cls(group=4)]
 
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Quantized:
-        return outline_quantized(shape, dtype, bits=8, group=self.group, symmetric=self.symmetric, **self._rounding())
+        return outline_quantized(
+            shape,
+            dtype,
+            bits=8,
+            group=self.group,
+            symmetric=self.symmetric,
+            activations=self.activations,
+            per_token=self.per_token,
+        )
 
     def solve(self, weight: Tensor, stats: Stats | None) -> Quantized:
         return fit_quantized(
@@ -84,8 +96,8 @@ class Int8(NamedForm):
             group=self.group,
             symmetric=self.symmetric,
             reduce_range=self.reduce_range,
-            **self._rounding(),
+            activations=self.activations,
+            per_token=self.per_token,
+            rounding=self.rounding,
+            act_order=self.act_order,
         )
-
-    def _rounding(self) -> dict[str, bool]:
-        return {"activations": self.activations, "per_token": self.per_token}

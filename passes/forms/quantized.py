@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recast.kernels.quantized_matmul import reference
 from recast.passes.forms.operator import Cost, Operator, dtype_from_name, dtype_name, matmul_cost
+from recast.passes.forms.rounding import compensated
 from recast.passes.forms.stats import Stats, row_errors
 
 __all__ = ["Quantized", "fit_quantized", "outline_quantized"]
@@ -24,13 +25,14 @@ class Quantized(Operator):
     Attributes
     ----------
     values
-        int8 (m, n); for four bits uint8 (m, ⌈n/2⌉), two codes 0..15 a byte, the even input in the low half.
+        int8 (m, n); below eight bits uint8 (m, bytes), codes packed by `reference.pack_codes`: for four bits two a byte,
+        the even input in the low half.
     scale
         (m, groups) floating.
     zero
-        (m, groups), int8 or for four bits uint8; None for symmetric codes (for four bits 8 is then zero).
+        (m, groups), int8 or below eight bits uint8; None for symmetric codes (the middle code, for four bits 8, is zero).
     bits
-        4 or 8.
+        2, 3, 4 or 8.
     group
         Inputs in a group, the last group of a row may be shorter; None for one group a row.
     full_shape
@@ -57,7 +59,7 @@ class Quantized(Operator):
     def __post_init__(self) -> None:
         m, n = self.full_shape
         reference.code_range(self.bits, self.zero is None)
-        columns = n if self.bits == 8 else -(-n // 2)
+        columns = reference.packed_bytes(n, self.bits)
         groups = reference.group_count(n, self.group)
         expected = {"values": (m, columns), "scale": (m, groups)}
         if self.zero is not None:
@@ -162,12 +164,16 @@ def fit_quantized(
     activations: bool = False,
     per_token: bool = True,
     reduce_range: bool = False,
+    rounding: str = "nearest",
+    act_order: bool = False,
 ) -> Quantized:
     """Round a weight (m, n) to integers, choosing each group's scale for the least error.
 
     With statistics, errors are weighted by the mean square of each input when scales are chosen, and each row keeps
     those scales only if they are the better ones under the whole Gram matrix: never worse on the data than without
-    statistics.
+    statistics. With another `rounding` than "nearest" (see `recast.passes.forms.rounding`) each row then takes what that
+    one finds, again only if it is better. GPTQ chooses the scales of a group when it comes to it, from what the weights
+    have become by then; with `act_order` all scales are those of plain rounding.
     """
     m, n = weight.shape
     gram = None if stats is None or stats.gram is None else stats.gram.to(weight.device)
@@ -188,20 +194,69 @@ def fit_quantized(
             scale, zero = _better(rows, gram, bits, group, (scale, zero), other, reduce_range)
         values = reference.quantize(rows, scale, zero, bits=bits, group=group, reduce_range=reduce_range)
         parts.append((values, scale, zero))
-    return Quantized(
-        torch.cat([values for values, _, _ in parts]),
-        torch.cat([scale for _, scale, _ in parts]),
-        None if symmetric else torch.cat([zero for _, _, zero in parts if zero is not None]),
-        bits,
-        group,
-        (m, n),
-        activations,
-        weight.dtype,
-        per_token,
-    )
+    values = torch.cat([values for values, _, _ in parts])
+    scale = torch.cat([scale for _, scale, _ in parts])
+    zeros = [zero for _, _, zero in parts if zero is not None]
+    zero = torch.cat(zeros) if zeros else None
+    if rounding != "nearest" and gram is not None:
+        values, scale, zero = _compensated(
+            weight, gram, values, scale, zero, bits, group, rounding, act_order, reduce_range, importance
+        )
+    return Quantized(values, scale, zero, bits, group, (m, n), activations, weight.dtype, per_token)
 
 
 _Scales = tuple[Tensor, Tensor | None]
+
+
+def _compensated(
+    weight: Tensor,
+    gram: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group: int | None,
+    rounding: str,
+    act_order: bool,
+    reduce_range: bool,
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round with the data, beginning with the codes and scales of plain rounding."""
+    n = weight.shape[1]
+    width = n if group is None else group
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    nearest = reference.dequantize(values, scale, zero, bits=bits, group=group, features=n)
+    low, high = reference.code_range(bits, zero is None, reduce_range)
+    # A group's scales as columns next to each other in memory: (groups, m).
+    steps = scale.T.contiguous()
+    offsets = torch.zeros_like(steps) if zero is None else zero.T.to(steps.dtype).contiguous()
+
+    def choose(start: int, stop: int, columns: Tensor) -> None:
+        part = None if importance is None else importance[start:stop]
+        found, offset = _scales(columns, bits, None, zero is None, part, reduce_range)
+        steps[start // width] = found[:, 0]
+        if offset is not None:
+            offsets[start // width] = offset[:, 0].to(steps.dtype)
+
+    def snap(j: int, column: Tensor) -> Tensor:
+        step, offset = steps[j // width], offsets[j // width]
+        codes = torch.round(column / torch.where(step == 0, 1, step)).add_(offset).clamp_(low, high)
+        return codes.sub_(offset).mul_(step)
+
+    # One group a row is there before its first input is rounded: nothing to choose anew.
+    anew = None if act_order or width >= n else choose
+    found, take = compensated(
+        wide, gram, nearest, snap, rounding=rounding, group=group, choose=anew, act_order=act_order
+    )
+    new_scale = steps.T.contiguous()
+    new_zero = None if zero is None else offsets.T.to(zero.dtype).contiguous()
+    codes = reference.quantize(found, new_scale, new_zero, bits=bits, group=group, reduce_range=reduce_range)
+    take = take.unsqueeze(1)
+    return (
+        torch.where(take, codes, values),
+        torch.where(take, new_scale, scale),
+        None if zero is None or new_zero is None else torch.where(take, new_zero, zero),
+    )
 
 
 def _scales(
@@ -294,7 +349,7 @@ def outline_quantized(
     groups = reference.group_count(n, group)
     code = torch.int8 if bits == 8 else torch.uint8
     return Quantized(
-        torch.empty(m, n if bits == 8 else -(-n // 2), dtype=code, device="meta"),
+        torch.empty(m, reference.packed_bytes(n, bits), dtype=code, device="meta"),
         torch.empty(m, groups, dtype=torch.promote_types(dtype, torch.float32), device="meta"),
         None if symmetric else torch.empty(m, groups, dtype=code, device="meta"),
         bits,

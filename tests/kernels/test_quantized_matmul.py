@@ -107,5 +107,5 @@ def test_reduced_range_cannot_saturate_pairs() -> None:
 
 
 def test_unknown_widths_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 bits are not supported; 4 or 8 would work"):
-        reference.code_range(3, True)
+    with pytest.raises(ValueError, match="5 bits are not supported; 2, 3, 4 or 8 would work"):
+        reference.code_range(5, True)

@@ -1,0 +1,233 @@
+"""Weights that are looked up in tables: the operator, and rounding to a table that is given."""
+# ruff: noqa: D102  # methods are described by the base class
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from recast.kernels.codebook_matmul import reference
+from recast.kernels.quantized_matmul.reference import group_count, pack_codes, packed_bytes, spread
+from recast.passes.forms.operator import Cost, Operator, dtype_from_name, dtype_name, matmul_cost
+from recast.passes.forms.rounding import compensated
+from recast.passes.forms.stats import Stats
+
+__all__ = ["Codebook", "fit_table", "outline_table"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Codebook(Operator):
+    """A weight (m, n) as codes that name entries of a table; groups of a row's inputs may have a scale.
+
+    Attributes
+    ----------
+    values
+        uint8 (m, bytes): a code of `bits` bits for each `dim` inputs of a row, packed.
+    table
+        (row blocks, column blocks, 2^bits, dim) floating: one table for each block that the matrix is cut into.
+    scale
+        (m, groups) floating; int8 where scales are coded; None without scales.
+    step, mean
+        Of coded scales: see `reference.code_scales`.
+    bits
+        1 to 8.
+    group
+        Inputs that share a scale, the last group of a row may be shorter; None for one a row.
+    full_shape
+        (m, n).
+    compute
+        The floating dtype of `to_dense`.
+    """
+
+    kind: ClassVar[str] = "codebook"
+    values: Tensor
+    table: Tensor
+    scale: Tensor | None
+    step: Tensor | None
+    mean: Tensor | None
+    bits: int
+    group: int | None
+    full_shape: tuple[int, int]
+    compute: torch.dtype = field(default=torch.float32)
+
+    def __post_init__(self) -> None:
+        m, n = self.full_shape
+        if self.table.dim() != 4 or self.table.shape[2] != 2**self.bits:
+            raise ValueError(
+                f"codebook: table has shape {tuple(self.table.shape)}, (.., .., {2**self.bits}, ..) is needed"
+            )
+        expected: dict[str, tuple[int, ...]] = {"values": (m, packed_bytes(-(-n // self.table.shape[3]), self.bits))}
+        if self.scale is not None:
+            expected["scale"] = (m, group_count(n, self.group))
+        if (self.step is None) != (self.mean is None) or (self.step is not None and self.scale is None):
+            raise ValueError("codebook: coded scales need scale, step and mean together")
+        if self.step is not None:
+            expected["step"] = (-(-m * group_count(n, self.group) // reference.SUPER_BLOCK),)
+            expected["mean"] = (1,)
+        for name, shape in expected.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise ValueError(f"codebook: {name} has shape {tuple(getattr(self, name).shape)}, {shape} is needed")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.full_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compute
+
+    def apply(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self._weight().to(x.dtype))
+
+    def to_dense(self) -> Tensor:
+        return self._weight().to(self.compute)
+
+    def _weight(self) -> Tensor:
+        scale = self.scale
+        if scale is not None and self.step is not None and self.mean is not None:
+            scale = reference.decode_scales(scale, self.step, self.mean)
+        return reference.lookup(
+            self.values, self.table, scale, bits=self.bits, group=self.group, features=self.full_shape[1]
+        )
+
+    def cost(self, tokens: int) -> Cost:
+        m, n = self.shape
+        return matmul_cost(self.shape, 2 * m * n * tokens, self.nbytes, self.dtype, tokens)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        found = {name: getattr(self, name) for name in ("values", "table", "scale", "step", "mean")}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def fields(self) -> dict[str, Any]:
+        return {
+            "bits": self.bits,
+            "group": self.group,
+            "shape": list(self.full_shape),
+            "scaled": self.scale is not None,
+            "coded_scales": self.step is not None,
+            "dtype": dtype_name(self.compute),
+        }
+
+    @classmethod
+    def build(
+        cls, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], children: Mapping[str, Operator]
+    ) -> Operator:
+        m, n = fields["shape"]
+        return cls(
+            tensors["values"],
+            tensors["table"],
+            tensors["scale"] if fields["scaled"] else None,
+            tensors["step"] if fields["coded_scales"] else None,
+            tensors["mean"] if fields["coded_scales"] else None,
+            int(fields["bits"]),
+            None if fields["group"] is None else int(fields["group"]),
+            (int(m), int(n)),
+            dtype_from_name(fields["dtype"]),
+        )
+
+    def to(self, dtype: torch.dtype) -> Codebook:
+        return replace(self, compute=dtype)
+
+
+# Rows are rounded a slab at a time, so that temporaries stay small.
+_SLAB = 1 << 19
+
+
+def fit_table(
+    weight: Tensor,
+    stats: Stats | None,
+    table: Tensor,
+    *,
+    bits: int,
+    group: int | None,
+    double: bool = False,
+    rounding: str = "nearest",
+    act_order: bool = False,
+) -> Codebook:
+    """Round a weight (m, n) to ``table * scale``, the scale of a group being its largest absolute value.
+
+    Parameters
+    ----------
+    weight, stats
+        As in `Form.fit`; statistics serve `rounding` other than "nearest".
+    table
+        (2^bits,), the largest absolute value being 1.
+    bits, group
+        Of a code; inputs in a group, None for a row.
+    double
+        Code the scales in eight bits as well.
+    rounding, act_order
+        See `recast.passes.forms.rounding`. Each row keeps the better of plain rounding and this one.
+    """
+    m, n = weight.shape
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    groups = group_count(n, group)
+    width = n if group is None or groups == 1 else group
+    padded = torch.nn.functional.pad(wide, (0, groups * width - n)).reshape(m, groups, width)
+    scale = padded.abs().amax(-1)
+    held: tuple[Tensor, Tensor | None, Tensor | None] = (scale, None, None)
+    if double:
+        codes, step, mean = reference.code_scales(scale)
+        held, scale = (codes, step, mean), reference.decode_scales(codes, step, mean)
+    table = table.to(wide)
+    safe = torch.where(scale == 0, 1, scale)
+    rows = max(1, _SLAB // n)
+    picked = torch.cat(
+        [
+            reference.nearest_codes(wide[at : at + rows] / spread(safe[at : at + rows], n, group), table).to(
+                torch.uint8
+            )
+            for at in range(0, m, rows)
+        ]
+    )
+    gram = None if stats is None or stats.gram is None else stats.gram.to(weight.device)
+    if rounding != "nearest" and gram is not None:
+        steps = safe.T.contiguous()
+
+        def snap(j: int, column: Tensor) -> Tensor:
+            step = steps[j // width]
+            return table[reference.nearest_codes(column / step, table)] * step
+
+        nearest = table[picked.long()] * spread(scale, n, group)
+        found, take = compensated(
+            wide, gram, nearest, snap, rounding=rounding, group=group, choose=None, act_order=act_order
+        )
+        anew = reference.nearest_codes(found / spread(safe, n, group), table).to(torch.uint8)
+        picked = torch.where(take.unsqueeze(1), anew, picked)
+    return Codebook(pack_codes(picked, bits), table.reshape(1, 1, -1, 1), *held, bits, group, (m, n), weight.dtype)
+
+
+def outline_table(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    bits: int,
+    group: int | None = None,
+    double: bool = False,
+    scaled: bool = True,
+    tables: tuple[int, int] = (1, 1),
+    dim: int = 1,
+) -> Codebook:
+    """Return what a fit to tables would make, on the meta device."""
+    m, n = shape
+    groups = group_count(n, group)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def empty(*size: int, kind: torch.dtype = wide) -> Tensor:
+        return torch.empty(size, dtype=kind, device="meta")
+
+    return Codebook(
+        empty(m, packed_bytes(-(-n // dim), bits), kind=torch.uint8),
+        empty(*tables, 2**bits, dim),
+        empty(m, groups, kind=torch.int8 if double else wide) if scaled else None,
+        empty(-(-m * groups // reference.SUPER_BLOCK)) if double else None,
+        empty(1) if double else None,
+        bits,
+        group,
+        shape,
+        dtype,
+    )

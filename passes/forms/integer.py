@@ -1,0 +1,71 @@
+"""What the integer forms below eight bits share: groups, zero points and roundings."""
+# ruff: noqa: D102  # methods are described by the base class
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from recast.passes.forms.form import NamedForm
+from recast.passes.forms.quantized import Quantized, fit_quantized, outline_quantized
+from recast.passes.forms.rounding import ROUNDINGS
+from recast.passes.forms.stats import Stats
+from recast.patterns.errors import FormError
+
+__all__ = ["Integer", "check_rounding"]
+
+
+def check_rounding(name: str, rounding: str, act_order: bool) -> None:
+    """Raise FormError unless these two parameters of the form `name` go together."""
+    if rounding not in ROUNDINGS:
+        known = " or ".join(repr(known) for known in ROUNDINGS)
+        raise FormError(f"{name}: rounding is {rounding!r}; {known} would work")
+    if act_order and rounding == "nearest":
+        raise FormError(f"{name}: act_order speaks of the order in which gptq rounds; add rounding='gptq'")
+
+
+@dataclass(frozen=True)
+class Integer(NamedForm):
+    """``W[i, j] ≈ (code - zero) * scale`` with codes of a few bits and a scale for each group of a row's inputs.
+
+    A subclass sets `name` and `bits`.
+    """
+
+    bits: ClassVar[int]
+    # Each row keeps the better of its scales, and of its roundings, with and without the data.
+    optimal_on_data: ClassVar[bool] = True
+
+    group: int = field(default=32, metadata={"help": "inputs that share a scale"})
+    symmetric: bool = field(default=True, metadata={"help": "the middle code is zero; false: a zero point a group"})
+    rounding: str = field(default="nearest", metadata={"help": "'nearest', or with data 'gptq' or 'quantease'"})
+    act_order: bool = field(default=False, metadata={"help": "gptq: round inputs of the largest mean square first"})
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise FormError(f"{self.name}: group is {self.group}, not positive; 32 would work")
+        check_rounding(self.name, self.rounding, self.act_order)
+
+    @property
+    def dense_leaves(self) -> bool:
+        return False
+
+    @classmethod
+    def ladder(cls, shape: tuple[int, int]) -> list[NamedForm]:
+        return [cls(group=64), cls(group=16), cls(group=4)]
+
+    def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Quantized:
+        return outline_quantized(shape, dtype, bits=self.bits, group=self.group, symmetric=self.symmetric)
+
+    def solve(self, weight: Tensor, stats: Stats | None) -> Quantized:
+        return fit_quantized(
+            weight,
+            stats,
+            bits=self.bits,
+            group=self.group,
+            symmetric=self.symmetric,
+            rounding=self.rounding,
+            act_order=self.act_order,
+        )

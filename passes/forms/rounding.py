@@ -1,0 +1,201 @@
+"""Rounding that looks at the data: each value makes up for what the others lost (GPTQ, QuantEase).
+
+Both work on any grid: a `snap` gives the nearest value that the grid holds for one input of all rows. Rows do not meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from recast.passes.forms.stats import row_errors
+
+__all__ = ["ROUNDINGS", "Choose", "Snap", "compensated", "gptq", "quantease"]
+
+ROUNDINGS = ("nearest", "gptq", "quantease")
+
+# The nearest values of the grid, (m,), for input j of every row, (m,).
+Snap = Callable[[int, Tensor], Tensor]
+# Chooses the grid of the inputs start..stop from what they hold now, (m, stop - start).
+Choose = Callable[[int, int, Tensor], None]
+
+# Inputs that are rounded before the rest hears of it, which is then one product of matrices.
+_BLOCK = 128
+# Published settings: damping of 1 % of the mean diagonal; thirty passes, of which every third but the last leaves values
+# unrounded.
+_DAMPING = 0.01
+_PASSES = 30
+
+
+def gptq(
+    weight: Tensor,
+    gram: Tensor,
+    snap: Snap,
+    *,
+    group: int | None = None,
+    choose: Choose | None = None,
+    act_order: bool = False,
+    damping: float = _DAMPING,
+) -> Tensor:
+    """Round input after input, each time moving the inputs still to come so that they make up for it.
+
+    With ``H = G + damping mean(diag G)`` and ``H⁻¹ = Uᵀ U`` (U upper triangular), rounding input j of a row by e moves the
+    later ones by ``-(e / U_jj) U[j, j+1:]``: the exact minimiser of ``d H dᵀ`` over the inputs that are still free.
+
+    Parameters
+    ----------
+    weight
+        (m, n), float32 or float64.
+    gram
+        (n, n), of the inputs.
+    snap
+        The grid.
+    group, choose
+        Inputs whose grid is chosen together, when the first of them is reached; None: the grid is there already.
+    act_order
+        Round the inputs of the largest mean square first.
+    damping
+        Share of the mean diagonal that is added.
+
+    Returns
+    -------
+    Tensor
+        (m, n), values of the grid.
+
+    Notes
+    -----
+    Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (2022).
+    """
+    m, n = weight.shape
+    diagonal = gram.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(n)
+    upper = _inverse_factor(gram[order][:, order] if act_order else gram, damping).to(weight.dtype)
+    left = weight.T[order].contiguous()  # inputs first, so that each is one stretch of memory
+    places = order.tolist()
+    width = n if group is None else group
+    for start, stop in _blocks(n, width if choose is not None else n):
+        errors = left.new_empty(stop - start, m)
+        for j in range(start, stop):
+            if choose is not None and j % width == 0:
+                choose(j, min(j + width, n), left[j : j + width].T)
+            rounded = snap(places[j], left[j])
+            errors[j - start] = (left[j] - rounded) / upper[j, j]
+            left[j] = rounded
+            left[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
+        if stop < n:
+            left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    found = torch.empty_like(left)
+    found[order] = left
+    return found.T
+
+
+def _blocks(n: int, group: int) -> list[tuple[int, int]]:
+    """Cut n inputs into stretches of about `_BLOCK`, so that a group begins a stretch or lies within one."""
+    size = max(1, _BLOCK // group) * group
+    cuts = [(at, min(at + size, n)) for at in range(0, n, size)]
+    return [(at, min(at + _BLOCK, stop)) for start, stop in cuts for at in range(start, stop, _BLOCK)]
+
+
+def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """The upper triangular U with ``H⁻¹ = Uᵀ U``, float64: ``H = V Vᵀ`` with V upper triangular, and U is its inverse."""
+    h = gram.double().clone()
+    diagonal = h.diagonal()
+    # An input that is always zero may be rounded as it likes, and moves nothing.
+    diagonal.masked_fill_(diagonal <= 0, 1.0)
+    mean = float(diagonal.mean())
+    while True:
+        diagonal += damping * mean
+        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+        if int(info) == 0:
+            break
+        damping = max(10 * damping, 1e-8)  # no damping was asked for, and rounding made H indefinite
+    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    inverse: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+    return inverse
+
+
+def quantease(weight: Tensor, gram: Tensor, start: Tensor, snap: Snap, *, passes: int = _PASSES) -> Tensor:
+    """Round each input anew to what is best while all others stay, over and over (coordinate descent).
+
+    For input j of a row the best value is ``u = ŵ_j + ((w - ŵ) G)_j / G_jj``, and the nearest of the grid to u the best of
+    the grid: no pass raises ``‖(W - Ŵ) X‖``. Every third pass leaves u as it is, to come out of local minima; each row keeps
+    the best rounded values that were met, so that none is worse than its start.
+
+    Parameters
+    ----------
+    weight, start
+        (m, n): what is approximated, and values of the grid.
+    gram
+        (n, n), of the inputs.
+    snap
+        The grid.
+    passes
+        At most so many; fewer where three in a row bring nothing.
+
+    Returns
+    -------
+    Tensor
+        (m, n), values of the grid.
+
+    Notes
+    -----
+    Behdin et al., QuantEase: Optimization-based Quantization for Language Models (2023).
+    """
+    g = (gram / gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)).to(weight.dtype)
+    target, current = weight.T.contiguous(), start.T.contiguous()
+    diagonal = g.diagonal().tolist()
+    best, least = current.clone(), _errors(target - current, g)
+    since = 0
+    for number in range(passes):
+        free = number % 3 == 1 and number < passes - 1 and number <= 25
+        for first in range(0, len(target), _BLOCK):
+            block = slice(first, first + _BLOCK)
+            # (W - Ŵ) G of the block's inputs, kept up to date within the block.
+            slope = g[block] @ (target - current)
+            for j in range(first, min(first + _BLOCK, len(target))):
+                if diagonal[j] <= 0:
+                    continue
+                wanted = current[j] + slope[j - first] / diagonal[j]
+                if not free:
+                    wanted = snap(j, wanted)
+                slope.addr_(g[block, j], wanted - current[j], alpha=-1)
+                current[j] = wanted
+        if free:
+            continue
+        errors = _errors(target - current, g)
+        better = errors < least
+        since = 0 if bool(better.any()) else since + 1
+        best, least = torch.where(better, current, best), torch.where(better, errors, least)
+        if since == 3:
+            break
+    return best.T
+
+
+def _errors(gap: Tensor, g: Tensor) -> Tensor:
+    return ((g @ gap) * gap).sum(0)
+
+
+def compensated(
+    weight: Tensor,
+    gram: Tensor,
+    nearest: Tensor,
+    snap: Snap,
+    *,
+    rounding: str,
+    group: int | None,
+    choose: Choose | None,
+    act_order: bool,
+) -> tuple[Tensor, Tensor]:
+    """Round by GPTQ, and on from there by QuantEase where `rounding` says so.
+
+    Returns
+    -------
+    values, take
+        (m, n) of the grid, and (m,) whether the row is better on the data than `nearest`, what plain rounding gives.
+    """
+    found = gptq(weight, gram, snap, group=group, choose=choose, act_order=act_order)
+    if rounding == "quantease":
+        found = quantease(weight, gram, found, snap)
+    return found, row_errors(weight - found, gram) < row_errors(weight - nearest, gram)
