@@ -17,7 +17,7 @@ from recast.passes.forms.sparse import Sparse, reference
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
-__all__ = ["NMSparse", "NMSparseForm", "fit_nm", "outline_nm"]
+__all__ = ["NMSparse", "NMSparseForm", "fit_nm", "outline_nm", "pack_nm"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,7 +106,12 @@ def fit_nm(weight: Tensor, stats: Stats | None, keep: int, of: int, method: str 
         dense, mask = obs_prune(weight, gram, choose, of, damping)
     else:
         mask = top_of_groups(scores(weight, stats, "magnitude" if method == "sparsegpt" else method), keep, of)
-    values, indices = reference.nm_pack(dense.to(weight.dtype), mask, keep, of)
+    return pack_nm(dense.to(weight.dtype), mask, keep, of)
+
+
+def pack_nm(weight: Tensor, mask: Tensor, keep: int, of: int) -> NMSparse:
+    """Hold what a mask with `keep` of every `of` keeps of a weight."""
+    values, indices = reference.nm_pack(weight, mask, keep, of)
     return NMSparse(Dense(values), indices, keep, of, weight.shape[1])
 
 

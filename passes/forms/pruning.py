@@ -10,7 +10,17 @@ from torch import Tensor
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError, nearest
 
-__all__ = ["METHODS", "check_method", "normalised", "obs_prune", "scores", "top_of_groups"]
+__all__ = [
+    "METHODS",
+    "check_method",
+    "input_energy",
+    "normalised",
+    "obs_prune",
+    "scores",
+    "top_of_all",
+    "top_of_groups",
+    "wide",
+]
 
 METHODS = ("magnitude", "wanda", "nowag", "sparsegpt")
 
@@ -76,6 +86,13 @@ def top_of_groups(score: Tensor, keep: int, of: int) -> Tensor:
     filled = torch.nn.functional.pad(score, (0, groups * of - n), value=-1).reshape(m, groups, of)
     mask = torch.zeros_like(filled, dtype=torch.bool).scatter_(2, filled.topk(keep, dim=2).indices, True)
     return mask.reshape(m, groups * of)[:, :n]
+
+
+def top_of_all(score: Tensor, count: int) -> Tensor:
+    """Mark the `count` largest values of a matrix; of equal ones the first."""
+    mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    mask[torch.sort(score.reshape(-1), descending=True, stable=True).indices[:count]] = True
+    return mask.reshape(score.shape)
 
 
 Choose = Callable[[Tensor, int], Tensor]
