@@ -115,11 +115,12 @@ def _suspicious(node: fx.Node, around: Surroundings) -> bool:
     """An activation right after a linear, whose result enters another, outside of mixtures and of blocks found."""
     if around.part_of("moe", node) is not None:
         return False
-    source = node.args[0]
-    steps = 0
-    while isinstance(source, fx.Node) and source.op == "call_function" and not around.products(source) and steps < 6:
-        source, steps = source.args[0] if source.args else None, steps + 1
-    if not isinstance(source, fx.Node) or not around.products(source):
+    source = node
+    for _ in range(7):  # the operand that is no constant: a bias may come first
+        source = next((n for n in source.all_input_nodes if n not in around.scope.constants), source)
+        if around.products(source):
+            break
+    if source is node or not around.products(source):
         return False
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not value.ndim:

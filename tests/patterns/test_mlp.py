@@ -140,6 +140,7 @@ NEAR: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "two lasts": (twice, "its result enters b and c"),
     "turned": (lambda m, x: m.b(F.relu(m.a(x)).transpose(1, 2)), "turns dimensions between the products"),
     "summed": (lambda m, x: m.b(F.relu(m.a(x)).cumsum(1)), "(cumsum) stands between the products"),
+    "bias first": (lambda m, x: m.b(F.relu(m.a.bias + x @ m.a.weight.T).cumsum(1)), "(cumsum) stands between"),
     "with the input": (lambda m, x: m.b(F.relu(m.a(x)) + x), "it is made of the input"),
     "two added": (lambda m, x: m.c(F.relu(m.a(x)) + m.b(x)), "are not multiplied with each other"),
     "three": (lambda m, x: m.c(F.relu(m.a(x)) * m.b(x) * m.c(x)), "made of 3 products"),
