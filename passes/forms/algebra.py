@@ -45,7 +45,7 @@ class Product(Operator):
         return self.left.apply(self.right.apply(x))
 
     def to_dense(self) -> Tensor:
-        if isinstance(self.left, Reordering):
+        if self.left.applied:
             return self.left.apply(self.right.to_dense().to(self.dtype).T).T
         if isinstance(self.right, Reordering):
             return self.right.inverse().apply(self.left.to_dense().to(self.dtype))

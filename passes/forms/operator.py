@@ -57,6 +57,8 @@ class Operator(abc.ABC):
     """
 
     kind: ClassVar[str]
+    # Set where a product with the operator on the left is better applied than multiplied out.
+    applied: ClassVar[bool] = False
     _kinds: ClassVar[dict[str, type[Operator]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -21,6 +21,8 @@ __all__ = ["Permutation", "PermutationForm", "Reordering", "Shuffle"]
 class Reordering(Operator):
     """An operator that moves features and changes no value; products with it are written out without multiplying."""
 
+    applied: ClassVar[bool] = True
+
     @abc.abstractmethod
     def inverse(self) -> Operator:
         """Return the operator that moves every feature back."""
