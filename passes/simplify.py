@@ -85,7 +85,7 @@ def simplify(
     program
         It is not changed.
     passes
-        Exact passes in order, as text or as a pipeline.
+        Exact passes in order, as text or as a pipeline; several are gone through again until none finds anything to do.
     verification
         Check structure, metadata, interface, ownership and numbers after every pass, and every formula of a new weight at
         the end.
@@ -131,16 +131,23 @@ def simplify(
     pipeline.check()
     context = Context(Plan(program.fingerprint(), {}), calibration, OperatorCache(None), progress=False)
     current, done = program, list[Step]()
-    for step in pipeline.passes:
-        following = step.run(current, context)
-        note = context.notes.get(str(step), context.notes.get(step.name))
-        note = note if isinstance(note, Note) else Note([str(note)] if note else [])
-        checked: dict[str, Any] = {"verified": False}
-        if isinstance(step, ExactPass) and not note.done:
-            checked, following = {"verified": verification, "unchanged": True}, current
-        elif verification:
-            checked = verify(program, current, following, step, [s.name for s in done], context)
-        done.append(Step(str(step), (type(step).__doc__ or "").strip().splitlines()[0], note, checked))
+    # A pass may make room for one before it: round after round, until nothing changes or passes undo each other, which shows in
+    # what a round tells. A single pass has nothing left to do by itself.
+    seen: list[list[tuple[str, list[str]]]] = []
+    while True:
+        following, taken = current, list[Step]()
+        for step in pipeline.passes:
+            following, told = _run(step, program, following, [*done, *taken], context, verification)
+            if not seen or told.note.done:
+                taken.append(told)
+        story = [(step.name, step.note.done) for step in taken if step.note.done]
+        if story in seen:
+            break
+        seen.append(story)
+        done += taken
+        if following is current or len(pipeline.passes) == 1:
+            current = following
+            break
         current = following
     if current is program:
         current = program.copy()
@@ -149,6 +156,26 @@ def simplify(
     before = program.rewrites.steps if isinstance(program.rewrites, Simplification) else ()
     current.rewrites = Simplification((*before, *done))
     return current
+
+
+def _run(
+    step: Pass, program: Program, current: Program, done: list[Step], context: Context, verification: bool
+) -> tuple[Program, Step]:
+    """What a pass makes of the current program, which it stays if nothing changed, and what is told of it."""
+    following = step.run(current, context)
+    note = context.notes.get(str(step), context.notes.get(step.name))
+    note = note if isinstance(note, Note) else Note([str(note)] if note else [])
+    again = any(taken.name == str(step) for taken in done)
+    if again and not isinstance(step, ExactPass) and str(following) == str(current):
+        note.done.clear()  # it tells in words that there was nothing to do
+    checked: dict[str, Any] = {"verified": False}
+    if not note.done and (again or isinstance(step, ExactPass)):
+        checked, following = {"verified": verification, "unchanged": True}, current
+    elif verification:
+        checked = verify(program, current, following, step, [s.name for s in done], context)
+    told = {(miss.name, miss.reason) for taken in done if taken.name == str(step) for miss in taken.note.refused}
+    note = Note(note.done, [miss for miss in note.refused if (miss.name, miss.reason) not in told])
+    return following, Step(str(step), (type(step).__doc__ or "").strip().splitlines()[0], note, checked)
 
 
 def exact_passes() -> dict[str, type[Pass]]:

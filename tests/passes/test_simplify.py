@@ -57,6 +57,41 @@ def reads(program: Program, name: str) -> bool:
     )
 
 
+class Fanned(nn.Module):
+    """A linear that two others read: only once those are merged is it worth multiplying into them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.gate, self.up = nn.Linear(6, 12), nn.Linear(12, 9), nn.Linear(12, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.down(x)
+        return torch.sigmoid(self.gate(h)) * self.up(h)
+
+
+def test_a_pass_that_another_makes_room_for_runs_again() -> None:
+    model = randomise(Fanned())
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    after = recast.simplify(recast.capture(model, (x,)), "multiply_adjacent,merge_linears")
+    assert [(step.name, len(step.note.done)) for step in steps(after)] == [
+        ("multiply_adjacent", 0),
+        ("merge_linears", 1),
+        ("multiply_adjacent", 1),
+    ]
+    assert [tuple(w.shape) for w in after.weights.values()] == [(18, 6), (18,)]
+    assert_close(after(x), model(x), terms=72)
+    again = recast.simplify(after, "multiply_adjacent,merge_linears")
+    assert str(again) == str(after)
+
+
+def test_passes_that_undo_each_other_come_to_an_end() -> None:
+    model = randomise(Fanned())
+    program = recast.capture(model, (torch.randn(2, 5, 6, dtype=torch.float64),))
+    after = recast.simplify(program, "merge_linears,split_packed")
+    assert [step.name for step in steps(after)] == ["merge_linears", "split_packed"]
+    assert set(after.weights) == set(program.weights)
+
+
 def test_simplified_programs_can_be_planned_and_lowered() -> None:
     model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64)).eval()
     program = recast.simplify(recast.capture(model, (torch.randn(3, 64),)))
