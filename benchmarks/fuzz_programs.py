@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Planted", "random_model"]
+__all__ = ["WIDTH", "Linear", "Model", "Planted", "random_model"]
 
 F = nn.functional
 Planted = dict[str, int]  # how many sites of each kind a model holds
+WIDTH = 12  # features that blocks take and give
 
 
 def _weight(*shape: int) -> nn.Parameter:
@@ -33,7 +33,6 @@ class Linear(nn.Module):
         "conv",
         "doubled",
         "viewed",
-        "modules",
     )
 
     def __init__(self, draw: random.Random, n: int, m: int) -> None:
@@ -41,6 +40,12 @@ class Linear(nn.Module):
         self.spelling = draw.choice(self.spellings)
         self.flip = draw.random() < 0.5
         self.bias = nn.Parameter(torch.randn(m)) if draw.random() < 0.6 else None
+        if self.spelling == "addmm" and self.bias is None:
+            self.spelling = "transposed"
+        if self.spelling in ("linear", "addmm", "conv") or (
+            self.bias is None and self.spelling not in ("einsum", "transposed")
+        ):
+            self.flip = False  # there is nothing to be flipped
         stored = {"stored_in_out": (n, m), "conv": (m, n, 1), "viewed": (m * n,)}.get(self.spelling, (m, n))
         self.weight = nn.Parameter(torch.randn(stored) / math.sqrt(n))
         self.n, self.m = n, m
@@ -48,9 +53,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, n) to (batch, tokens, m)."""
         w, bias = self.weight, self.bias
-        if self.spelling in ("linear", "modules"):
+        if self.spelling == "linear":
             return F.linear(x, w, bias)
-        if self.spelling == "addmm" and bias is not None:
+        if self.spelling == "addmm":
+            assert bias is not None
             return torch.addmm(bias, x.reshape(-1, self.n), w.t()).view(*x.shape[:-1], self.m)
         if self.spelling == "conv":
             return F.conv1d(x.transpose(1, 2), w, bias).transpose(1, 2)
@@ -80,6 +86,11 @@ class Norm(nn.Module):
         self.square, self.root = draw.choice(("pow", "mul")), draw.choice(("rsqrt", "divide", "pow"))
         self.flip, self.offset, self.wide = (draw.random() < 0.5 for _ in range(3))
         self.scaled = draw.random() < 0.8
+        if self.operation:
+            self.square = self.root = "inside"
+            self.flip = self.offset = self.wide = False
+        self.scaled = self.scaled or self.operation
+        self.offset = self.offset and self.scaled
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
@@ -123,6 +134,8 @@ class Attention(nn.Module):
             ("sdpa", "causal", "plain", "scaled_query", "divided", "filled", "where", "capped", "einsum")
         )
         self.flip, self.repeat = draw.random() < 0.5, draw.choice(("expand", "interleave"))
+        self.repeat = self.repeat if self.groups > 1 else "none"
+        self.flip = self.flip and self.core not in ("sdpa", "causal", "filled", "where")
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.reshape(*x.shape[:2], heads, self.d).transpose(1, 2)
@@ -160,7 +173,8 @@ class Attention(nn.Module):
                 scores = mask + scores
             weights = scores.softmax(-1)
             y = torch.einsum("bhqk,bhkd->bhqd", weights, v) if self.core == "einsum" else weights @ v
-        return self.o(y.transpose(1, 2).flatten(2))
+        result: Tensor = self.o(y.transpose(1, 2).flatten(2))
+        return result
 
 
 class Mixture(nn.Module):
@@ -174,6 +188,7 @@ class Mixture(nn.Module):
         self.up = nn.ModuleList(nn.Linear(n, hidden * (2 if self.gated else 1), bias=False) for _ in range(self.count))
         self.down = nn.ModuleList(nn.Linear(hidden, n, bias=False) for _ in range(self.count))
         self.renormalise, self.first = draw.random() < 0.5, draw.random() < 0.5
+        self.renormalise = self.renormalise and self.first
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, n) to the same."""
@@ -210,7 +225,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, n) to the same."""
         h = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
-        return self.down(h)
+        result: Tensor = self.down(h)
+        return result
 
 
 class Model(nn.Module):
@@ -237,32 +253,32 @@ _BLOCKS: dict[str, tuple[Callable[..., nn.Module], Planted]] = {
     "linear": (lambda draw, n: Linear(draw, n, n), {"linear": 1}),
     "norm": (Norm, {"norm": 1}),
     "attention": (Attention, {"linear": 4, "attention": 1}),
-    "mlp": (MLP, {}),
+    "mlp": (MLP, {"mlp": 1}),
     "moe": (Mixture, {"linear": 7, "moe": 1}),
 }
 
 
-def random_model(seed: int | Any) -> tuple[Model, Planted, str]:
+def random_model(seed: int | random.Random) -> tuple[Model, Planted, str]:
     """Make a model.
 
     Parameters
     ----------
     seed
-        Of everything random; the same seed gives the same model.
+        Of everything random; the same seed gives the same model. Or what to draw with.
 
     Returns
     -------
     model, planted, text
         The model in float32 and eval mode, taking (batch, tokens, 12); how many sites it holds by kind; what it is made of.
     """
-    draw = random.Random(seed)
+    draw = random.Random(seed) if isinstance(seed, int) else seed
     with torch.random.fork_rng():
         torch.manual_seed(draw.randrange(2**31))
         names = [draw.choice(list(_BLOCKS)) for _ in range(draw.randint(1, 4))]
-        blocks, planted = [], dict.fromkeys(("linear", "norm", "attention", "moe"), 0)
+        blocks, planted = [], dict.fromkeys(("linear", "norm", "attention", "moe", "mlp"), 0)
         for name in names:
             make, holds = _BLOCKS[name]
-            block = make(draw, 12)
+            block = make(draw, WIDTH)
             blocks.append(block)
             for kind, count in holds.items():
                 planted[kind] += count
@@ -274,5 +290,11 @@ def random_model(seed: int | Any) -> tuple[Model, Planted, str]:
 
 
 def _options(block: nn.Module) -> str:
-    keep = {k: v for k, v in vars(block).items() if isinstance(v, bool | int | str) and not k.startswith("_")}
-    return ", ".join(f"{k}={v}" for k, v in keep.items() if k not in ("training", "n", "m"))
+    """The spelling, that of each linear among it."""
+    shown = {k: v for k, v in vars(block).items() if isinstance(v, bool | int | str) and not k.startswith("_")}
+    shown |= {k: v.__name__ for k, v in vars(block).items() if callable(v) and hasattr(v, "__name__")}
+    parts = [f"{k}={v}" for k, v in shown.items() if k not in ("training", "n", "m")]
+    if isinstance(block, Linear):
+        parts.append(f"bias={block.bias is not None}")
+    linears = [(name, child) for name, child in block.named_children() if isinstance(child, Linear)]
+    return ", ".join(parts + [f"{name}=({_options(child)})" for name, child in linears])
