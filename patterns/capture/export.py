@@ -10,7 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,12 +19,14 @@ from torch.utils import _pytree as pytree
 
 from recast.patterns.capture import switches
 from recast.patterns.capture.canonical import canonicalise
+from recast.patterns.capture.decisions import decisions
 from recast.patterns.capture.switches import Switch
 from recast.patterns.errors import CaptureError
-from recast.patterns.program import Interface, Program, fixed_size, set_by_path
+from recast.patterns.program import Interface, Program, fixed_size, graph_module, set_by_path
 
 __all__ = ["capture", "from_exported"]
 
+_LOG = logging.getLogger(__name__)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -72,6 +74,7 @@ def capture(
         )
     given = {*kwargs, *list(inspect.signature(model.forward).parameters)[: len(args)]}
     asked = "use_cache" in given or any(kwargs.get(k) is not None for k in ("past_key_values", "past_key_value"))
+    switches.known_outputs(model)
     with contextlib.ExitStack() as stack:
         said = [] if asked else stack.enter_context(switches.cache(model))
         exported, notes = _export(model, args, kwargs, dynamic_shapes)
@@ -119,55 +122,99 @@ def _check_batches(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             first.setdefault(hint, size)
 
 
-_Attempt: TypeAlias = tuple[_Example, tuple[Switch, ...], bool]  # the last: whether values may decide branches
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    """One way to trace a model."""
+
+    example: _Example
+    ways: tuple[Switch, ...] = ()
+    decided: str = ""  # which answers of the eager run are taken over: "" none, "truths", "numbers" both
+    draft: bool = False  # whether torch takes branches as the example's values say, and much longer for it
+
+    def __str__(self) -> str:
+        ways = [getattr(way, "__name__", str(way)) for way in self.ways] or ["the model as it is"]
+        asked = [f"{self.decided} of the example"] if self.decided else []
+        return ", ".join([*ways, *asked, *["draft"] * self.draft, f"sizes {'fixed' if self.example.note else 'free'}"])
 
 
 def _first_that_works(model: nn.Module, examples: list[_Example]) -> tuple[torch.export.ExportedProgram, list[str]]:
     first: Exception | None = None
-    always: list[Switch] = [switches.experts]
-    known = switches.is_transformers(model)
+    always: list[Switch] = [switches.experts, switches.unmoved]
+    known = any(switches.is_transformers(m) for m in model.modules())
     patched: tuple[Switch, ...] = (switches.export_patches,) if known else ()
     # The model as it is, with free sizes and then with fixed ones; patched, if it is one that patches are known for.
-    plan: list[_Attempt] = [(example, way, False) for example in examples for way in dict.fromkeys([(), patched])]
+    plan = [_Attempt(example, way) for example in examples for way in dict.fromkeys([(), patched])]
     later: list[_Attempt] = []
     values = False
     while plan or later:
-        example, way, draft = (plan or later).pop(0)
+        attempt = (plan or later).pop(0)
         try:
-            return _traced(model, example, [*always, *way], draft=draft)
+            return _traced(model, attempt, always)
         except Exception as error:  # noqa: BLE001  # torch raises dozens of classes here; all mean the same to the caller
             first, told = first or error, f"{type(error).__name__} {error}"
+            _LOG.debug("not captured by %s: %s", attempt, told)
             if switches.outputs not in always and ("pytree-flattenable" in told or "register a pytree" in told):
                 always.append(switches.outputs)
-                plan.insert(0, (example, way, draft))
+                plan.insert(0, attempt)
             elif "DataDependent" in told and not values:
                 values = True  # fixed sizes do not help against values
-                plan = [(examples[0], patched, False)] if known and error is first else []
-                plan += [(e, (*patched, switches.every_expert), False) for e in examples]
-                later = [(examples[-1], patched, True)] if known else []
+                loops = (*patched, switches.every_expert)
+                plan = [_Attempt(examples[0], patched)] if known and error is first else []
+                plan += [_Attempt(e, loops) for e in examples]
+                later = _as_it_runs(examples, loops) if known else []
             elif error is first and known:
-                later = [(examples[-1], (*patched, switches.attention), False)]
+                later = [*_as_it_runs(examples, patched), _Attempt(examples[-1], (*patched, switches.attention))]
     raise CaptureError(_explain(model, first)) from first
 
 
+def _as_it_runs(examples: list[_Example], ways: tuple[Switch, ...]) -> list[_Attempt]:
+    """What is left when values decide: what the example decided, and what the model does when nothing traces it."""
+    eager = (*ways, switches.as_eager)
+    return [
+        *[_Attempt(e, ways, "truths") for e in examples],
+        *[_Attempt(e, eager, "truths") for e in examples],
+        _Attempt(examples[-1], eager, "numbers"),
+        _Attempt(examples[-1], ways, draft=True),
+    ]
+
+
 def _traced(
-    model: nn.Module, example: _Example, ways: list[Switch], *, draft: bool
+    model: nn.Module, attempt: _Attempt, always: list[Switch]
 ) -> tuple[torch.export.ExportedProgram, list[str]]:
+    example = attempt.example
     with contextlib.ExitStack() as stack:
-        said = [stack.enter_context(way(model)) for way in ways]
+        said = [stack.enter_context(way(model)) for way in [*always, *attempt.ways]]
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # torch.export's own deprecations are not the caller's
-        trace: Any = torch.export.draft_export if draft else torch.export.export
-        with _silent():
-            exported = trace(model, example.args, example.kwargs, dynamic_shapes=example.shapes, strict=False)
+        stack.enter_context(_silent())
+        if attempt.decided:
+            answers = decisions(model, example.args, example.kwargs, numbers=attempt.decided == "numbers")
+            said.append(stack.enter_context(answers))
+        args, kwargs = _fresh((example.args, example.kwargs))
+        trace: Any = torch.export.draft_export if attempt.draft else torch.export.export
+        exported = trace(model, args, kwargs, dynamic_shapes=example.shapes, strict=False)
         exported = exported.run_decompositions({})
         notes = [note for notes in said for note in notes]
-    if draft:
+    if attempt.draft:
         notes.append(
             "captured with branches that depend on values taken as the example takes them; other values are refused"
         )
     return exported, notes + ([example.note] if example.note else [])
+
+
+def _fresh(tree: Any) -> Any:
+    """The same values in other tensor objects: `torch.export` marks the sizes it was to leave free, for good."""
+    seen: dict[int, Tensor] = {}
+
+    def again(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in seen:
+            seen[id(leaf)] = leaf.detach().requires_grad_(leaf.requires_grad)
+        return seen[id(leaf)]
+
+    return pytree.tree_map(again, tree)
 
 
 @contextlib.contextmanager
@@ -292,7 +339,7 @@ def from_exported(
             attributes[target].meta = dict(node.meta)
         environment[node] = attributes[target]
     _output(exported, graph, environment)
-    module = fx.GraphModule(root, graph, "Program")
+    module = graph_module(root, graph)
     program = Program(
         module=module,
         interface=Interface(

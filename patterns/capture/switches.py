@@ -7,17 +7,33 @@ nothing to do.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["Switch", "attention", "cache", "every_expert", "experts", "export_patches", "is_transformers", "outputs"]
+from recast.patterns.capture.known import EveryExpert
+
+__all__ = [
+    "Switch",
+    "as_eager",
+    "attention",
+    "cache",
+    "every_expert",
+    "experts",
+    "experts_configs",
+    "export_patches",
+    "is_transformers",
+    "known_outputs",
+    "outputs",
+    "unmoved",
+]
 
 Switch = Callable[[nn.Module], "contextlib.AbstractContextManager[list[str]]"]
 
@@ -58,9 +74,17 @@ def cache(model: nn.Module) -> Iterator[list[str]]:
         yield [said] if changed else []
 
 
+def experts_configs(model: nn.Module) -> list[Any]:
+    """The configurations by which modules of a model choose their experts' code."""
+    return _configs(m for m in model.modules() if hasattr(m, "_apply_gate"))
+
+
 @contextlib.contextmanager
 def experts(
-    model: nn.Module, wanted: str = "grouped_mm", instead_of: tuple[str | None, ...] = (None, "eager")
+    model: nn.Module,
+    wanted: str = "grouped_mm",
+    instead_of: tuple[str | None, ...] = (None, "eager"),
+    configs: list[Any] | None = None,
 ) -> Iterator[list[str]]:
     """Run the experts of a mixture as batched products: a Python loop over the experts that were hit cannot be traced.
 
@@ -72,8 +96,10 @@ def experts(
         ``grouped_mm`` (tokens sorted by expert) or ``batched_mm`` (each token's matrices gathered).
     instead_of
         What is replaced.
+    configs
+        Of `experts_configs`, where they were looked up before.
     """
-    holders = _configs(m for m in model.modules() if hasattr(m, "_apply_gate"))
+    holders = experts_configs(model) if configs is None else configs
     changed = [c for c in holders if getattr(c, "_experts_implementation", wanted) in instead_of]
     before = {str(c._experts_implementation) for c in changed}
     internal = "_experts_implementation_internal"
@@ -121,44 +147,78 @@ def _exporter_patches() -> Any:
 
 
 @contextlib.contextmanager
+def as_eager(_: nn.Module) -> Iterator[list[str]]:
+    """Let the model take the way it takes when it is run, not the one it keeps for compilers.
+
+    Models ask `torch.compiler.is_compiling` and leave out what they think a compiler cannot do, such as a mask of ones that
+    later code reads. Only code outside of PyTorch is answered no.
+    """
+    said: list[str] = []
+    asked = {name: getattr(torch.compiler, name) for name in ("is_compiling", "is_exporting")}
+
+    def answer(name: str) -> bool:
+        inside = str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0] == "torch"
+        truth = bool(asked[name]())
+        if truth and not inside:
+            said[:] = ["captured along the model's way for eager runs: its way for compilers cannot be traced"]
+            return False
+        return truth
+
+    with _set([(torch.compiler, name, functools.wraps(f)(lambda n=name: answer(n))) for name, f in asked.items()]):
+        yield said
+
+
+def known_outputs(model: nn.Module) -> None:
+    """Make the result classes of transformers known to `torch.utils._pytree`, those that are not yet.
+
+    Each registers itself where its class is made or first used, but not while something is compiling: one that was first
+    imported or used then stays unknown, and `torch.export` refuses it.
+    """
+    generic = sys.modules.get("transformers.utils.generic")
+    register = getattr(generic, "_register_model_output_pytree_node", None)
+    if register is None or not any(is_transformers(m) for m in model.modules()):
+        return  # nothing of transformers, or a release that always registers them
+    assert generic is not None
+    with _set([(torch.compiler, "is_compiling", lambda: False)]):
+        for cls in _subclasses(generic.ModelOutput):
+            if cls not in pytree.SUPPORTED_NODES:
+                getattr(generic, "_registered_model_output_types", set()).discard(cls)
+                register(cls)
+
+
+def _subclasses(cls: Any) -> Iterator[type]:
+    for subclass in list[Any](cls.__subclasses__()):
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+@contextlib.contextmanager
 def every_expert(model: nn.Module) -> Iterator[list[str]]:
     """Let a loop over the experts that were hit run over all of them: those without a token add nothing.
 
     Which were hit depends on values, so the loop ``for expert in (tokens_of_expert > 0).nonzero()`` has no length to trace.
     """
-    counts = {n for m in model.modules() if isinstance(n := getattr(m, "num_experts", None), int)}
     said: list[str] = []
-    with _EveryExpert(counts, said):
+    with EveryExpert(model, said):
         yield said
 
 
-class _EveryExpert(TorchFunctionMode):
-    """``nonzero`` of a short column of truth values, one for each expert, gives all rows."""
+@contextlib.contextmanager
+def unmoved(_: nn.Module) -> Iterator[list[str]]:
+    """Leave a module as it is that is moved to where it is: casting a router in ``forward`` replaces parameters."""
+    move = nn.Module.to
 
-    def __init__(self, counts: set[int], said: list[str]) -> None:
-        super().__init__()
-        self.counts = counts
-        self.said = said
+    @functools.wraps(move)
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*module.parameters(), *module.buffers()]
+        there = all(
+            device in (None, t.device) and (dtype in (None, t.dtype) or not t.is_floating_point()) for t in tensors
+        )
+        return module if there else move(module, *args, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (Tensor.nonzero, torch.nonzero) and not kwargs.get("as_tuple", False) and _is_column(args[0]):
-            self.said[:] = [
-                "captured with every expert visited: a loop over the experts that were hit cannot be traced"
-            ]
-            count = args[0].shape[0]
-            # A row more than there are experts stands for tokens sent nowhere: never visited.
-            rows = torch.arange(count - 1 if count - 1 in self.counts and count not in self.counts else count)
-            rows = rows.to(args[0].device)
-            return torch.stack([rows, *[torch.zeros_like(rows)] * (args[0].ndim - 1)], 1)
-        return func(*args, **kwargs)
-
-
-def _is_column(value: Tensor) -> bool:
-    """Whether these are truth values of a number known to tracing, in one dimension: of experts, not of tokens."""
-    sizes = value.shape
-    fixed = all(isinstance(size, int) for size in sizes)
-    return value.dtype == torch.bool and fixed and value.ndim > 0 and sizes.numel() == sizes[0] and 1 < sizes[0] <= 1024
+    with _set([(nn.Module, "to", to)]):
+        yield []
 
 
 @contextlib.contextmanager
