@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recast.passes.forms.algebra import Product, Sum
 from recast.passes.forms.form import Form, data_error
+from recast.passes.forms.gradient import refine
 from recast.passes.forms.linear_algebra import behind, best_left, leading_subspace, pseudo_inverse
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.stats import Stats, row_errors
@@ -80,11 +81,14 @@ def fit_product(
 
     With everything to the right of the first factor held, min over L of ``‖(W - L R) X‖`` is a fit of L's form to
     ``W G Rᵀ (R G Rᵀ)⁺`` under the statistics behind R, exactly. For a factor with others to its left the target is also
-    multiplied by their pseudo-inverse, a projection that need not help: the change is kept only if it does.
+    multiplied by their pseudo-inverse, a projection that need not help: the change is kept only if it does. In the end
+    all factors together take some steps of Adam.
     """
     turns = _Turns(factors, shapes, weight, stats)
     starts = [_best_round(weight, stats, turns.rounds(start)) for start in turns.starts()]
-    return min(starts, key=lambda found: found[0])[1]
+    best = min(starts, key=lambda found: found[0])[1]
+    # For the inner factors the turns are no more than a heuristic: the gradient of the error goes on from there.
+    return refine(best, weight, stats)
 
 
 Parts = tuple[Operator, ...]

@@ -14,9 +14,11 @@ from recast.passes.forms.form import NamedForm, Scalar
 from recast.passes.forms.linear_algebra import leading_subspace
 from recast.passes.forms.operator import Dense
 from recast.passes.forms.stats import Stats
-from recast.patterns.errors import FormError
+from recast.patterns.errors import FormError, nearest
 
-__all__ = ["LowRank"]
+__all__ = ["LowRank", "factors"]
+
+SOLVERS = ("auto", "exact", "randomized")
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,21 @@ class LowRank(NamedForm):
     rank: int | None = field(default=None, metadata={"help": "the inner size r"})
     ratio: float | None = field(default=None, metadata={"help": "share of parameters kept, r = floor(ratio mn/(m+n))"})
     energy: float | None = field(default=None, metadata={"help": "share of ‖WX‖² kept: the least such r"})
+    solver: str = field(default="auto", metadata={"help": "'exact', 'randomized', or 'auto': the second when large"})
 
     def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise FormError(f"{self.name}: solver is {self.solver!r}; {nearest(self.solver, SOLVERS)}")
         given = {name: value for name in ("rank", "ratio", "energy") if (value := getattr(self, name)) is not None}
         if len(given) != 1:
             found = f"{' and '.join(given)} are given together" if given else "no parameter is given"
-            raise FormError(f"low_rank: {found}; one of rank=64, ratio=0.5, energy=0.99 would work")
+            raise FormError(f"{self.name}: {found}; one of rank=64, ratio=0.5, energy=0.99 would work")
         if self.rank is not None and self.rank < 1:
-            raise FormError(f"low_rank: rank is {self.rank}, not positive; 1 or more would work")
+            raise FormError(f"{self.name}: rank is {self.rank}, not positive; 1 or more would work")
         if self.ratio is not None and not 0 < self.ratio < float("inf"):
-            raise FormError(f"low_rank: ratio is {self.ratio}, not positive; 0.5 would keep half of the parameters")
+            raise FormError(f"{self.name}: ratio is {self.ratio}, not positive; 0.5 would keep half of the parameters")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise FormError(f"low_rank: energy is {self.energy}, not in (0, 1]; 0.99 would work")
+            raise FormError(f"{self.name}: energy is {self.energy}, not in (0, 1]; 0.99 would work")
 
     @classmethod
     def positional(cls, values: list[Scalar]) -> list[str]:
@@ -115,16 +120,26 @@ class LowRank(NamedForm):
     def solve(self, weight: Tensor, stats: Stats | None) -> Product:
         gram = None if stats is None or stats.gram is None else stats.gram.to(weight.device)
         rank = self.rank_for((weight.shape[0], weight.shape[1]))
-        left = leading_subspace(weight, gram, rank=rank, energy=self.energy or 1.0)
-        right = left.T @ weight.double()
-        # Row and column norms are made equal, which for the plain SVD is the split of the roots: no factor over- or
-        # underflows.
-        size = right.norm(dim=1).sqrt()
-        size = torch.where(size > 0, size, 1)
-        return Product(
-            Dense((left * size).to(weight.dtype).contiguous()),
-            Dense((right / size.unsqueeze(1)).to(weight.dtype).contiguous()),
-        )
+        left = self.subspace(weight, gram, rank)
+        return factors(left, left.T @ weight.double(), weight.dtype)
+
+    def subspace(self, weight: Tensor, gram: Tensor | None, rank: int | None) -> Tensor:
+        """Return the output directions (m, r) that are kept, as the rank, the energy and the solver say."""
+        return leading_subspace(weight, gram, rank=rank, energy=self.energy or 1.0, solver=self.solver)
+
+
+def factors(left: Tensor, right: Tensor, dtype: torch.dtype) -> Product:
+    """Return ``left @ right`` as two stored factors, float64 (m, r) and (r, n) in.
+
+    Norms of each column and its row are made equal, which for the plain SVD is the split of the roots: no factor over-
+    or underflows.
+    """
+    ahead, behind = left.norm(dim=0), right.norm(dim=1)
+    size = (behind / torch.where(ahead > 0, ahead, 1)).sqrt()
+    size = torch.where(size > 0, size, 1)
+    return Product(
+        Dense((left * size).to(dtype).contiguous()), Dense((right / size.unsqueeze(1)).to(dtype).contiguous())
+    )
 
 
 def _ceil(value: float) -> float:

@@ -36,6 +36,10 @@ class Stats:
         How many vectors were seen.
     sample
         (k, n), some of the vectors themselves, or None.
+    row_importance, column_importance
+        (m,) and (n,), sums over the columns and rows of the weight's empirical Fisher information, the mean of squared
+        gradients of a loss (arXiv 2207.00112); None unless calibration was given a loss. They are of one weight, not of
+        all that read x.
     """
 
     gram: Tensor | None
@@ -43,6 +47,8 @@ class Stats:
     absmax: Tensor
     tokens: int
     sample: Tensor | None = None
+    row_importance: Tensor | None = None
+    column_importance: Tensor | None = None
 
     @classmethod
     def from_inputs(cls, x: Tensor, *, sample: int = 0) -> Stats:
@@ -75,7 +81,14 @@ class Stats:
     def check(self, features: int, where: str | None = None) -> None:
         """Raise CalibrationError unless these are finite statistics of inputs with `features` features."""
         at = f" at {where}" if where else ""
-        shapes = {"mean": (features,), "absmax": (features,), "gram": (features, features)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "mean": (features,),
+            "absmax": (features,),
+            "gram": (features, features),
+            "column_importance": (features,),
+        }
+        if self.row_importance is not None:
+            shapes["row_importance"] = (self.row_importance.numel(),)
         for name, shape in shapes.items():
             value = getattr(self, name)
             if value is None:
@@ -104,7 +117,7 @@ class Stats:
     def hash(self) -> str:
         """Digest of every value, equal for equal statistics: a key for what was fitted with them."""
         digest = hashlib.sha256(str(self.tokens).encode())
-        for name in ("gram", "mean", "absmax", "sample"):
+        for name in ("gram", "mean", "absmax", "sample", "row_importance", "column_importance"):
             value = getattr(self, name)
             digest.update(name.encode())
             if value is not None:
@@ -126,7 +139,8 @@ class Stats:
         if gram is not None:
             # Cauchy-Schwarz gives a second bound: no value exceeds the root of the sum of all squares.
             absmax = torch.minimum(absmax, gram.diagonal().clamp_min(0).sqrt())
-        return replace(self, gram=gram, mean=matrix @ self.mean.double(), absmax=absmax, sample=sample)
+        mean = matrix @ self.mean.double()
+        return replace(self, gram=gram, mean=mean, absmax=absmax, sample=sample, column_importance=None)
 
     def part(self, features: slice) -> Stats:
         """Return the statistics of some of the features, as one block of a block-diagonal operator sees them."""
@@ -136,6 +150,7 @@ class Stats:
             self.absmax[features],
             self.tokens,
             None if self.sample is None else self.sample[:, features],
+            column_importance=None if self.column_importance is None else self.column_importance[features],
         )
 
 

@@ -1,0 +1,88 @@
+"""FWSVD: the truncated SVD weighted by what a loss says about rows and columns of the weight."""
+# ruff: noqa: D102  # methods are described by the base class
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from recast.passes.forms.algebra import Product
+from recast.passes.forms.low_rank import LowRank, factors
+from recast.passes.forms.stats import Stats
+from recast.patterns.errors import CalibrationError, FormError, nearest
+
+__all__ = ["FisherWeighted"]
+
+_AXES = ("rows", "columns", "both")
+
+
+@dataclass(frozen=True)
+class FisherWeighted(LowRank):
+    """W ≈ B A least in ``Σ_ij p_i q_j (W - B A)_ij²``: p sums the Fisher information of each row, q that of each column.
+
+    F_ij is the mean squared gradient of a loss of yours; single weights for all entries have no closed form, so the paper
+    weighs one axis (``rows``: the outputs, ``columns``: the inputs), the other being ones. ``both`` weighs the two.
+    Statistics without importances are refused: gather them with ``recast.calibrate(program, batches, loss=...)``.
+
+    Notes
+    -----
+    Hsu et al., Language model compression with weighted low-rank factorization (2022). Which axis its rows are differs
+    between implementations.
+
+    Examples
+    --------
+    >>> stats = Stats.from_inputs(torch.randn(20, 6))
+    >>> from dataclasses import replace
+    >>> stats = replace(stats, row_importance=torch.rand(8), column_importance=torch.rand(6))
+    >>> FisherWeighted(rank=2).fit(torch.randn(8, 6), stats).nbytes
+    112
+    """
+
+    name: ClassVar[str] = "fwsvd"
+    summary: ClassVar[str] = "low rank by the SVD weighted with the Fisher information of rows (needs a loss)"
+    # There is no fit without a loss to compare with.
+    optimal_on_data: ClassVar[bool] = True
+
+    axis: str = field(default="rows", metadata={"help": "what is weighted: 'rows' (outputs), 'columns' or 'both'"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.axis not in _AXES:
+            raise FormError(f"fwsvd: axis is {self.axis!r}; {nearest(self.axis, _AXES)}")
+
+    @classmethod
+    def examples(cls, shape: tuple[int, int]) -> list[LowRank]:  # type: ignore[override]
+        return []  # none can be fitted to a weight alone
+
+    @classmethod
+    def ladder(cls, shape: tuple[int, int]) -> list[LowRank]:  # type: ignore[override]
+        return []
+
+    def solve(self, weight: Tensor, stats: Stats | None) -> Product:
+        if stats is None or stats.row_importance is None or stats.column_importance is None:
+            found = "there are no statistics" if stats is None else "these statistics hold none"
+            raise CalibrationError(
+                f"{self}: importances of the weight's rows and columns are needed, {found}; "
+                "recast.calibrate(program, batches, loss=...) gathers them from the gradients of a loss"
+            )
+        if stats.row_importance.shape[0] != weight.shape[0]:
+            raise CalibrationError(
+                f"{self}: importances of {stats.row_importance.shape[0]} rows, but the weight has {weight.shape[0]}; "
+                "fwsvd fits a whole weight, not what another form made of it"
+            )
+        rows = _root(stats.row_importance.to(weight.device), self.axis != "columns").unsqueeze(1)
+        columns = _root(stats.column_importance.to(weight.device), self.axis != "rows")
+        scaled = weight.double() * rows * columns
+        left = self.subspace(scaled, None, self.rank_for((weight.shape[0], weight.shape[1])))
+        return factors(left / rows, left.T @ scaled / columns, weight.dtype)
+
+
+def _root(importance: Tensor, used: bool) -> Tensor:
+    wide = importance.double().clamp_min(0)
+    if not used or not bool(wide.any()):
+        return torch.ones_like(wide)
+    # A row that no gradient reaches keeps a little weight, or it could not be scaled back.
+    return (wide + 1e-6 * wide.mean()).sqrt()
