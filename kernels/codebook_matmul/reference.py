@@ -57,14 +57,16 @@ def lookup(
 
 
 def nearest_codes(numbers: Tensor, table: Tensor) -> Tensor:
-    """Return the place (any shape) of the entry of `table` (entries,) nearest to each number, int64.
+    """Return the place (any shape) of the entry of `table` (entries,) nearest to each number, int64; of equal ones the first.
 
     Examples
     --------
     >>> nearest_codes(torch.tensor([0.2, -3.0]), torch.tensor([0.0, 1.0, -1.0])).tolist()
     [0, 2]
     """
-    ordered, places = torch.sort(table.to(numbers.dtype))
+    ordered, places = torch.sort(table.to(numbers.dtype), stable=True)
+    first = torch.cat([ordered.new_ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    ordered, places = ordered[first], places[first]
     between = (ordered[1:] + ordered[:-1]) / 2
     return places[torch.bucketize(numbers.contiguous(), between)]
 

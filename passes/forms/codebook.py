@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from recast.kernels.codebook_matmul import reference
 from recast.kernels.quantized_matmul.reference import group_count, pack_codes, packed_bytes, spread
 from recast.passes.forms.operator import Cost, Operator, dtype_from_name, dtype_name, matmul_cost
 from recast.passes.forms.rounding import compensated
-from recast.passes.forms.stats import Stats
+from recast.passes.forms.stats import Stats, row_errors
 
 __all__ = ["Codebook", "fit_table", "outline_table"]
 
@@ -147,8 +147,9 @@ def fit_table(
     double: bool = False,
     rounding: str = "nearest",
     act_order: bool = False,
+    tops: Sequence[float] = (1.0,),
 ) -> Codebook:
-    """Round a weight (m, n) to ``table * scale``, the scale of a group being its largest absolute value.
+    """Round a weight (m, n) to ``table * scale``, the scale of a group being its largest absolute value, or a share of it.
 
     Parameters
     ----------
@@ -162,18 +163,20 @@ def fit_table(
         Code the scales in eight bits as well.
     rounding, act_order
         See `recast.passes.forms.rounding`. Each row keeps the better of plain rounding and this one.
+    tops
+        Shares of the largest absolute value that are tried as scales; the one of the least squared error is kept. With
+        statistics errors are weighted by the mean square of each input, where that serves the row.
     """
     m, n = weight.shape
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    groups = group_count(n, group)
-    width = n if group is None or groups == 1 else group
-    padded = torch.nn.functional.pad(wide, (0, groups * width - n)).reshape(m, groups, width)
-    scale = padded.abs().amax(-1)
+    width = n if group is None or group_count(n, group) == 1 else group
+    table = table.to(wide)
+    gram = None if stats is None or stats.gram is None else stats.gram.to(weight.device)
+    scale = _scales(wide, table, group, width, gram, tops)
     held: tuple[Tensor, Tensor | None, Tensor | None] = (scale, None, None)
     if double:
         codes, step, mean = reference.code_scales(scale)
         held, scale = (codes, step, mean), reference.decode_scales(codes, step, mean)
-    table = table.to(wide)
     safe = torch.where(scale == 0, 1, scale)
     rows = max(1, _SLAB // n)
     picked = torch.cat(
@@ -184,7 +187,6 @@ def fit_table(
             for at in range(0, m, rows)
         ]
     )
-    gram = None if stats is None or stats.gram is None else stats.gram.to(weight.device)
     if rounding != "nearest" and gram is not None:
         steps = safe.T.contiguous()
 
@@ -199,6 +201,49 @@ def fit_table(
         anew = reference.nearest_codes(found / spread(safe, n, group), table).to(torch.uint8)
         picked = torch.where(take.unsqueeze(1), anew, picked)
     return Codebook(pack_codes(picked, bits), table.reshape(1, 1, -1, 1), *held, bits, group, (m, n), weight.dtype)
+
+
+def _scales(
+    weight: Tensor, table: Tensor, group: int | None, width: int, gram: Tensor | None, tops: Sequence[float]
+) -> Tensor:
+    """Choose the scale of each group, (m, groups), a slab of rows at a time."""
+    m, n = weight.shape
+    extra = group_count(n, group) * width - n
+    importance = None
+    if gram is not None and len(tops) > 1:
+        importance = gram.diagonal().clamp_min(0)
+        importance = (importance / importance.mean().clamp_min(torch.finfo(importance.dtype).tiny)).to(weight.dtype)
+        importance = torch.nn.functional.pad(importance, (0, extra)).reshape(1, -1, width)
+    parts = []
+    step = max(1, _SLAB // n)
+    for start in range(0, m, step):
+        rows = weight[start : start + step]
+        grouped = torch.nn.functional.pad(rows, (0, extra)).reshape(len(rows), -1, width)
+        scale = _searched(grouped, table, None, tops)
+        if importance is not None and gram is not None:
+            other = _searched(grouped, table, importance, tops)
+            errors = []
+            for tried in (scale, other):
+                each = spread(torch.where(tried == 0, 1, tried), n, group)
+                errors.append(row_errors(rows - table[reference.nearest_codes(rows / each, table)] * each, gram))
+            scale = torch.where((errors[1] < errors[0]).unsqueeze(1), other, scale)
+        parts.append(scale)
+    return torch.cat(parts)
+
+
+def _searched(grouped: Tensor, table: Tensor, importance: Tensor | None, tops: Sequence[float]) -> Tensor:
+    """The best scale among shares of the largest value, for groups (m, groups, width)."""
+    largest = grouped.abs().amax(-1)
+    if len(tops) == 1:
+        return largest * tops[0]
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for top in tops:
+        scale = (largest * top).unsqueeze(-1)
+        codes = reference.nearest_codes(grouped / torch.where(scale == 0, 1, scale), table)
+        gap = (table[codes] * scale - grouped).square_()
+        error = gap.sum(-1) if importance is None else (gap * importance).sum(-1)
+        best, least = torch.where(error < least, scale.squeeze(-1), best), torch.minimum(error, least)
+    return best
 
 
 def outline_table(

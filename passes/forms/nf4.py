@@ -10,11 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from recast.passes.forms.codebook import Codebook, fit_table, outline_table
 from recast.passes.forms.form import NamedForm
-from recast.passes.forms.integer import check_rounding
-from recast.passes.forms.stats import Stats
-from recast.patterns.errors import FormError
+from recast.passes.forms.levels import Levels
 
 __all__ = ["Nf2", "Nf3", "Nf4", "normal_table"]
 
@@ -46,31 +43,10 @@ def normal_table(bits: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _NormalFloat(NamedForm):
-    """``W[i, j] ≈ table[code] * scale`` with the table at quantiles of a normal distribution."""
-
+class _NormalFloat(Levels):
     bits: ClassVar[int]
-    # Without gptq the data says nothing; with it each row keeps the better rounding.
-    optimal_on_data: ClassVar[bool] = True
 
-    group: int = field(default=64, metadata={"help": "inputs that share a scale, their largest absolute value"})
-    double: bool = field(default=False, metadata={"help": "scales in 8 bits too, in blocks of 256"})
-    rounding: str = field(default="nearest", metadata={"help": "'nearest', or with data 'gptq' or 'quantease'"})
-    act_order: bool = field(default=False, metadata={"help": "gptq: round inputs of the largest mean square first"})
-
-    def __post_init__(self) -> None:
-        if self.group < 1:
-            raise FormError(f"{self.name}: group is {self.group}, not positive; 64 would work")
-        check_rounding(self.name, self.rounding, self.act_order)
-
-    @property
-    def dense_leaves(self) -> bool:
-        return False
-
-    @property
-    def fixed_point(self) -> bool:
-        # The mean that coded scales are counted from moves.
-        return not self.double
+    group: int | None = field(default=64, metadata={"help": "inputs that share a scale, their largest absolute value"})
 
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:
@@ -80,20 +56,8 @@ class _NormalFloat(NamedForm):
     def ladder(cls, shape: tuple[int, int]) -> list[NamedForm]:
         return [cls(group=64), cls(group=16), cls(group=4)]
 
-    def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Codebook:
-        return outline_table(shape, dtype, bits=self.bits, group=self.group, double=self.double)
-
-    def solve(self, weight: Tensor, stats: Stats | None) -> Codebook:
-        return fit_table(
-            weight,
-            stats,
-            normal_table(self.bits),
-            bits=self.bits,
-            group=self.group,
-            double=self.double,
-            rounding=self.rounding,
-            act_order=self.act_order,
-        )
+    def table(self) -> Tensor:
+        return normal_table(self.bits)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,145 @@
+"""Weights that share a few values, found by clustering."""
+# ruff: noqa: D102  # methods are described by the base class
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from recast.kernels.codebook_matmul.reference import nearest_codes
+from recast.kernels.quantized_matmul.reference import pack_codes
+from recast.passes.forms.codebook import Codebook, outline_table
+from recast.passes.forms.form import NamedForm
+from recast.passes.forms.stats import Stats
+from recast.patterns.errors import FormError
+
+__all__ = ["KMeans", "cluster_values"]
+
+_ROUNDS = 100
+
+
+def cluster_values(values: Tensor, weights: Tensor | None, count: int) -> Tensor:
+    """Find `count` centres of numbers (L,), by Lloyd's rounds from the quantiles: (count,) ascending, float64.
+
+    Sorted numbers and their running sums make a round a matter of `count` look-ups. Where there are no more than `count`
+    different numbers, these are the centres.
+
+    Parameters
+    ----------
+    values, weights
+        (L,); weights of the squared errors, None for equal ones.
+    count
+        How many centres.
+
+    Examples
+    --------
+    >>> cluster_values(torch.tensor([0.0, 0.1, 1.0, 1.1, 1.2]), None, 2).tolist()
+    [0.05..., 1.1...]
+    """
+    order = torch.argsort(values, stable=True)
+    x = values.double()[order]
+    w = torch.ones_like(x) if weights is None else weights.double()[order]
+    if not bool((w > 0).any()):
+        w = torch.ones_like(x)
+    different = torch.unique(x)
+    if len(different) <= count:
+        return torch.nn.functional.pad(
+            different.reshape(1, 1, -1), (0, count - len(different)), mode="replicate"
+        ).reshape(-1)
+    start = x.new_zeros(1)
+    mass, moment = torch.cat([start, w.cumsum(0)]), torch.cat([start, (w * x).cumsum(0)])
+    share = (torch.arange(count, dtype=x.dtype, device=x.device) + 0.5) / count * mass[-1]
+    centres = x[torch.searchsorted(mass[1:], share).clamp_max(len(x) - 1)]
+    for _ in range(_ROUNDS):
+        cuts = torch.searchsorted(x, (centres[1:] + centres[:-1]) / 2)
+        edges = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), len(x))])
+        held = mass[edges[1:]] - mass[edges[:-1]]
+        sums = moment[edges[1:]] - moment[edges[:-1]]
+        # (A centre that has lost its numbers stays where it is; running sums of tiny weights may cancel to nothing.)
+        moved = torch.where(held > 1e-12 * mass[-1], sums / torch.where(held > 0, held, 1), centres)
+        moved = torch.sort(moved).values
+        if bool((moved == centres).all()):
+            break
+        centres = moved
+    return centres
+
+
+@dataclass(frozen=True)
+class KMeans(NamedForm):
+    """``W[i, j] ≈ table[code]`` with the 2^bits values of least squared error, of the whole weight or of a few rows each.
+
+    With data, errors are weighted by the mean square of each input, so that the table serves inputs that are large.
+
+    Notes
+    -----
+    The look-up form of Cho et al., eDKM (2023), and with ``rows=1`` and data that of Kim et al., SqueezeLLM (2023), whose
+    weights are Fisher's. Clusters are found once, without training.
+
+    Examples
+    --------
+    >>> operator = KMeans(bits=1).fit(torch.tensor([[1.0, 1.0, 3.0], [3.0, 3.0, 1.0]]))
+    >>> operator.table.flatten().tolist(), operator.to_dense().tolist()
+    ([1.0, 3.0], [[1.0, 1.0, 3.0], [3.0, 3.0, 1.0]])
+    """
+
+    name: ClassVar[str] = "kmeans"
+    summary: ClassVar[str] = "codes of a few bits for values found by clustering"
+
+    bits: int = field(default=4, metadata={"help": "of a code: the table has 2^bits values"})
+    rows: int | None = field(default=None, metadata={"help": "rows that share a table; none: all of them"})
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise FormError(f"kmeans: bits is {self.bits}; 1 to 8 would work")
+        if self.rows is not None and self.rows < 1:
+            raise FormError(f"kmeans: rows is {self.rows}, not positive; 1 would give each row a table")
+
+    @property
+    def dense_leaves(self) -> bool:
+        return False
+
+    @classmethod
+    def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:
+        return [cls(bits=3), cls(bits=2, rows=1)]
+
+    @classmethod
+    def ladder(cls, shape: tuple[int, int]) -> list[NamedForm]:
+        return [cls(bits=bits) for bits in (1, 2, 4, 6)]
+
+    def problem(self, shape: tuple[int, int]) -> tuple[str, str] | None:
+        if self.rows is None or shape[0] % self.rows == 0:
+            return None
+        below = next(rows for rows in range(min(self.rows, shape[0]), 0, -1) if shape[0] % rows == 0)
+        return f"does not split into stretches of {self.rows} rows ({shape[0]} % {self.rows} != 0)", f"{below} would"
+
+    def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Codebook:
+        tables = 1 if self.rows is None else shape[0] // self.rows
+        return outline_table(shape, dtype, bits=self.bits, scaled=False, tables=(tables, 1))
+
+    def solve(self, weight: Tensor, stats: Stats | None) -> Codebook:
+        m, n = weight.shape
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        rows = m if self.rows is None else self.rows
+        importance = None
+        if stats is not None and stats.gram is not None:
+            importance = stats.gram.diagonal().to(weight.device).clamp_min(0).repeat(rows)
+        tables, codes = [], []
+        for start in range(0, m, rows):
+            part = wide[start : start + rows]
+            table = cluster_values(part.reshape(-1), importance, 2**self.bits).to(wide.dtype)
+            tables.append(table)
+            codes.append(nearest_codes(part, table).to(torch.uint8))
+        return Codebook(
+            pack_codes(torch.cat(codes), self.bits),
+            torch.stack(tables).reshape(-1, 1, 2**self.bits, 1),
+            None,
+            None,
+            None,
+            self.bits,
+            None,
+            (m, n),
+            weight.dtype,
+        )
