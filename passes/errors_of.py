@@ -7,11 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from recast.passes.forms.algebra import Product, Sum
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.quantized import Quantized
+from recast.passes.forms.sparse import Sparse
 from recast.passes.forms.stats import Stats, relative_error
 
-__all__ = ["measured_errors", "predicted_errors", "rounding_of"]
+__all__ = ["measured_errors", "predicted_errors", "rounding_of", "rounds"]
 
 
 def predicted_errors(weight: Tensor, operator: Operator, stats: Stats | None) -> tuple[float, float | None]:
@@ -19,21 +21,52 @@ def predicted_errors(weight: Tensor, operator: Operator, stats: Stats | None) ->
 
     The second is ``|(W - W')X| / |WX|`` from the Gram matrix. Where the operator also rounds its input to ``b`` levels a token
     (dynamic quantization), the rounding adds ``step^2 / 12`` a feature, uniform and independent, with the step
-    estimated from the sample kept by calibration.
+    estimated from the sample kept by calibration. What meets a rounding inside a product or a sum is counted too.
     """
     weight_error, output_error = relative_error(weight, operator, stats)
     if output_error is None or stats is None:
         return weight_error, output_error
-    mode = rounding_of(operator)
-    if mode is not None and stats.sample is not None and stats.gram is not None:
-        sample = stats.sample.double()
-        over = (1,) if mode == "token" else (0, 1)
-        step = (sample.amax(over).clamp_min(0) - sample.amin(over).clamp_max(0)) / 255
-        noise = float(step.square().mean()) / 12 * stats.tokens
+    noise = _noise(operator, stats, None)
+    if noise and stats.gram is not None:
         size = float(((weight.double() @ stats.gram) * weight.double()).sum())
-        added = noise * float(operator.to_dense().double().square().sum()) / max(size, 1e-300)
-        output_error = math.sqrt(output_error**2 + added)
+        output_error = math.sqrt(output_error**2 + noise / max(size, 1e-300))
     return weight_error, output_error
+
+
+def _noise(operator: Operator, stats: Stats, after: Tensor | None) -> float:
+    """Squared error of the output that rounding of inputs adds in an operator, `after` being what its own output meets."""
+    if not rounds(operator):
+        return 0.0
+    if isinstance(operator, Quantized):
+        if stats.sample is None:
+            return 0.0
+        sample = stats.sample.double()
+        over = (1,) if operator.per_token else (0, 1)
+        step = (sample.amax(over).clamp_min(0) - sample.amin(over).clamp_max(0)) / 255
+        dense = operator.to_dense().double()
+        reached = dense if after is None else after @ dense
+        return float(step.square().mean()) / 12 * stats.tokens * float(reached.square().sum())
+    if isinstance(operator, Product):
+        noise = 0.0
+        if rounds(operator.right):
+            left = operator.left.to_dense().double()
+            noise += _noise(operator.right, stats, left if after is None else after @ left)
+        if rounds(operator.left):
+            noise += _noise(operator.left, stats.through(operator.right), after)
+        return noise
+    if isinstance(operator, Sum):
+        return sum(_noise(part, stats, after) for part in operator.parts)
+    if isinstance(operator, Sparse):
+        seen = operator.seen_by_values(stats)
+        return 0.0 if seen is None else _noise(operator.values, seen, after)
+    return 0.0
+
+
+def rounds(operator: Operator) -> bool:
+    """Whether anything in an operator rounds activations."""
+    if isinstance(operator, Quantized):
+        return operator.activations
+    return any(rounds(child) for child in operator.children().values())
 
 
 def rounding_of(operator: Operator) -> str | None:

@@ -1,0 +1,89 @@
+"""What the forms that scale inputs share: a form fitted to ``W diag(s)``, behind ``diag(1/s)``."""
+# ruff: noqa: D102  # methods are described by the base class
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from recast.passes.forms.algebra import Product
+from recast.passes.forms.diagonal import Diagonal
+from recast.passes.forms.form import Form, NamedForm
+from recast.passes.forms.operator import Operator
+from recast.passes.forms.stats import Stats
+from recast.patterns.errors import FormError
+
+__all__ = ["OverBase", "fit_scaled", "input_size", "scaled_stats"]
+
+
+@dataclass(frozen=True)
+class OverBase(NamedForm):
+    """A named form over another one, given as text in the parameter `base`."""
+
+    base: str
+
+    def __post_init__(self) -> None:
+        self.inner()
+
+    def inner(self) -> Form:
+        """Return the form that `base` says; raises FormError that names this form too."""
+        try:
+            return Form.parse(self.base)
+        except FormError as error:
+            raise FormError(f"{self.name}: base {self.base!r} cannot be read: {error}") from error
+
+    @property
+    def dense_leaves(self) -> bool:
+        return False
+
+    @property
+    def fixed_point(self) -> bool:
+        return False  # what is chosen around the base is chosen anew for what it made
+
+    def check(self, shape: tuple[int, int], where: str | None = None) -> None:
+        super().check(shape, where)
+        self.inner().check(shape, where)
+
+
+def scaled_stats(stats: Stats, factor: Tensor) -> Stats:
+    """Return the statistics of ``factor * x``, factor (n,)."""
+    factor = factor.double()
+    return replace(
+        stats,
+        gram=None if stats.gram is None else stats.gram * factor.unsqueeze(1) * factor,
+        mean=stats.mean * factor,
+        absmax=stats.absmax * factor.abs(),
+        sample=None if stats.sample is None else (stats.sample.double() * factor).to(stats.sample.dtype),
+    )
+
+
+def input_size(stats: Stats) -> Tensor:
+    """Return how large each input is on the data, (n,) float64: the mean of its size, from the sample where there is one.
+
+    Without a sample it is the root of the mean square, which for inputs of one distribution is the same up to a factor.
+    """
+    if stats.sample is not None and len(stats.sample):
+        return stats.sample.double().abs().mean(0)
+    if stats.gram is not None:
+        return (stats.gram.diagonal().clamp_min(0) / max(1, stats.tokens)).sqrt()
+    return stats.absmax.double()
+
+
+def fit_scaled(base: Form, weight: Tensor, stats: Stats | None, scale: Tensor) -> Product:
+    """Fit ``W diag(s)`` and put ``diag(1/s)`` before it; scale (n,) positive."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    # What is divided by is what is held.
+    held = (1 / scale).to(weight.dtype)
+    times = 1 / held.to(torch.float64)
+    seen = None if stats is None else scaled_stats(stats, held)
+    left: Operator = base.solve((wide * times).to(wide.dtype), seen).to(weight.dtype)
+    return Product(left, Diagonal(held, len(held), len(held)))
+
+
+def outline_scaled(base: Form, shape: tuple[int, int], dtype: torch.dtype) -> Product | None:
+    """Return what `fit_scaled` would make, on the meta device."""
+    left = base.outline(shape, dtype)
+    n = shape[1]
+    return None if left is None else Product(left, Diagonal(torch.empty(n, dtype=dtype, device="meta"), n, n))
