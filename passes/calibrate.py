@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from recast.passes.calibration import Calibration
 from recast.passes.forms.stats import Stats
+from recast.passes.importance import Importances, Loss
 from recast.passes.progress import track
 from recast.patterns.errors import CalibrationError
 from recast.patterns.linear.find import find_linear
@@ -58,7 +59,12 @@ def _thin(rows: Tensor, count: int) -> Tensor:
 
 
 def calibrate(
-    program: Program, batches: Iterable[Any], *, sample: int = 256, progress: bool | None = None
+    program: Program,
+    batches: Iterable[Any],
+    *,
+    sample: int = 256,
+    loss: Loss | None = None,
+    progress: bool | None = None,
 ) -> Calibration:
     """Gather the statistics of every site's inputs in one pass over some batches.
 
@@ -70,6 +76,9 @@ def calibrate(
         Inputs of the model: each a tuple of positional arguments, a dict of keyword arguments, or one tensor. Streamed.
     sample
         How many input vectors of each site are kept, to measure errors on.
+    loss
+        ``loss(output, batch)``, a scalar: importances of rows and columns are gathered from its gradients, which forms
+        such as ``fwsvd`` need. Each batch is run a second time for it.
     progress
         Show a progress bar; by default on a terminal.
 
@@ -81,7 +90,7 @@ def calibrate(
     Raises
     ------
     CalibrationError
-        No batch was given, one does not fit the program's inputs, or activations are not finite.
+        No batch was given, one does not fit the program's inputs, or activations or gradients are not finite.
 
     Examples
     --------
@@ -93,6 +102,7 @@ def calibrate(
     sites, _ = find_linear(program)
     points = _points(sites)
     running = {key: _Running(use.features, sample) for key, use in points.items()}
+    importances = Importances(program, sites, loss) if loss is not None else None
     probe: list[Any] = []
     count = 0
     for batch in track(batches, "calibrating", progress):
@@ -104,6 +114,8 @@ def calibrate(
                 _Collector(program, points, running).run(*leaves)
             except CalibrationError as error:  # torch adds where in its graph it was, in many lines
                 raise CalibrationError(str(error.args[0]).split("\n")[0]) from None
+        if importances is not None:
+            importances.add(leaves, batch)
         count += 1
     if not count:
         raise CalibrationError(
@@ -121,7 +133,8 @@ def calibrate(
         raise CalibrationError("calibration: the batches hold no token at all; give inputs with at least one")
     held = program.weights
     digests = {site.name: tensor_digest(held[site.weights[0]], sample=4096) for site in sites}
-    return Calibration(program.fingerprint(), groups, members, probe, digests)
+    weighed = importances.means() if importances is not None else {}
+    return Calibration(program.fingerprint(), groups, members, probe, digests, weighed)
 
 
 @dataclasses.dataclass

@@ -40,6 +40,8 @@ class Calibration:
         Flat inputs of the first batch, kept to measure the whole model on.
     weights
         Digest of each site's parameter.
+    importance
+        Fisher information of each site's rows and columns, and of those of its parts, where a loss was given.
     """
 
     fingerprint: str
@@ -47,12 +49,19 @@ class Calibration:
     members: dict[str, str]
     probe: list[Any] = dataclasses.field(default_factory=list)
     weights: dict[str, str] = dataclasses.field(default_factory=dict)
+    importance: dict[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Calibration of {len(self.members)} sites on {self.tokens:,} tokens, program {self.fingerprint[:12]}>"
 
     def __getitem__(self, site: str) -> Stats:
-        return self.groups[self.members[site]]
+        return self.of(site)
+
+    def of(self, site: str, part: str = "") -> Stats:
+        """Statistics of a site's inputs, with the importances of its weight, or of the rows that are one part of it."""
+        stats = self.groups[self.members[site]]
+        rows, columns = self.importance.get(f"{site}.{part}" if part else site, (None, None))
+        return stats if rows is None else dataclasses.replace(stats, row_importance=rows, column_importance=columns)
 
     def __contains__(self, site: object) -> bool:
         return site in self.members
@@ -66,6 +75,7 @@ class Calibration:
     def hash(self) -> str:
         """Digest of the statistics, whatever model they belong to; 16 hex digits."""
         text = "".join(f"{name}{stats.hash}" for name, stats in sorted(self.groups.items()))
+        text += "".join(f"{name}{self.of(name).hash}" for name in sorted(self.members) if name in self.importance)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self, program: Program) -> None:
@@ -97,7 +107,7 @@ class Calibration:
                 )
             members[site.name] = self.members[site.name]
         groups = {group: self.groups[group] for group in members.values()}
-        return Calibration(program.fingerprint(), groups, members, [], self.weights)
+        return Calibration(program.fingerprint(), groups, members, [], self.weights, self.importance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write statistics as one safetensors file, under a temporary name first."""
@@ -109,6 +119,8 @@ class Calibration:
                 value = getattr(stats, field)
                 if value is not None:
                     tensors[f"{name}/{field}"] = value.contiguous()
+        for name, (rows, columns) in self.importance.items():
+            tensors[f"importance/{name}/rows"], tensors[f"importance/{name}/columns"] = rows, columns
         constants = {}
         for i, value in enumerate(self.probe):
             if isinstance(value, Tensor):
@@ -177,4 +189,10 @@ class Calibration:
         }
         described = json.loads(meta["probe"])
         probe = [tensors.get(f"probe/{i}", described["constants"].get(str(i))) for i in range(described["length"])]
-        return Calibration(meta["fingerprint"], groups, json.loads(meta["members"]), probe, json.loads(meta["weights"]))
+        members, weights = json.loads(meta["members"]), json.loads(meta["weights"])
+        start, end = "importance/", "/rows"
+        weighed = {
+            name: (tensors[f"{start}{name}/rows"], tensors[f"{start}{name}/columns"])
+            for name in (k[len(start) : -len(end)] for k in tensors if k.startswith(start) and k.endswith(end))
+        }
+        return Calibration(meta["fingerprint"], groups, members, probe, weights, weighed)

@@ -38,11 +38,12 @@ def targets_of(sites: list[LinearSite], constants: Constants, calibration: Calib
     found: dict[str, Target] = {}
     for site in sites:
         matrix = matrix_of(site.uses[0], constants)
-        stats = calibration[site.name] if calibration is not None and site.name in calibration else None
-        found[site.name] = Target(site.name, site, matrix, stats)
+        known = calibration if calibration is not None and site.name in calibration else None
+        found[site.name] = Target(site.name, site, matrix, known.of(site.name) if known else None)
         for part in site.parts:
             name = f"{site.name}.{part.name}"
-            found[name] = Target(name, site, matrix.rows(part.rows), stats)
+            seen = known.of(site.name, part.name) if known else None
+            found[name] = Target(name, site, matrix.rows(part.rows), seen)
     return found
 
 

@@ -189,12 +189,15 @@ class Program:
 
     def finish(self, results: list[Any], leaves: list[Any]) -> list[Any]:
         """Copy mutated values back where the model keeps them, and give the rest."""
-        mutated = {}
         for position, kind, name in self.interface.mutations:
-            mutated[position] = True
             target = get_by_path(self.module, name) if kind == "weight" else leaves[self._input_position(name)]
             with torch.no_grad():
                 target.copy_(results[position])
+        return self.outputs(results)
+
+    def outputs(self, results: list[Any]) -> list[Any]:
+        """Those of the flat results that the model gives, without the mutated values."""
+        mutated = {position for position, _, _ in self.interface.mutations}
         return [value for i, value in enumerate(results) if i not in mutated]
 
     def _input_position(self, name: str) -> int:

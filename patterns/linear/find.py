@@ -19,7 +19,7 @@ from recast.patterns.memo import remembered
 from recast.patterns.program import Program, get_by_path
 from recast.patterns.sites import LinearSite, Mismatch, Part, Use, source_line
 
-__all__ = ["Matrix", "find_linear", "matrix_of", "product_flops"]
+__all__ = ["Matrix", "as_matrix", "find_linear", "matrix_of", "product_flops"]
 
 aten = torch.ops.aten
 
@@ -104,7 +104,7 @@ class Matrix:
 
 def matrix_of(use: Use, constants: Constants) -> Matrix:
     """The matrix of a use; reading gives a view of the weight where that is possible."""
-    layout = _as_matrix(constants.layout(use.weight), use)
+    layout = as_matrix(constants.layout(use.weight), use)
     storages = tuple(constants.storages(use.weight))
     names = constants.sources[use.weight]
     held = [get_by_path(constants.program.module, name) for name in names]
@@ -122,13 +122,14 @@ def matrix_of(use: Use, constants: Constants) -> Matrix:
         )
 
     def read() -> Tensor:
-        return _as_matrix(constants.value(use.weight).detach(), use)
+        return as_matrix(constants.value(use.weight).detach(), use)
 
     shape = (int(layout.shape[0]), int(layout.shape[1]))
     return Matrix(shape, layout.dtype, (*where, shape, layout.dtype), storages, version, read)
 
 
-def _as_matrix(value: Tensor, use: Use) -> Tensor:
+def as_matrix(value: Tensor, use: Use) -> Tensor:
+    """Arrange a weight, or its gradient, as the matrix (out_features, in_features) that a use multiplies with."""
     contraction = use.contraction
     if use.routing is not None:
         value = value.select(0, use.index or 0)

@@ -178,3 +178,61 @@ def test_a_cut_file_and_one_of_another_kind(tmp_path: Path, calibration: Calibra
     save_file({"x": torch.zeros(2)}, file, metadata={"format": "recast-calibration-1"})
     with pytest.raises(CalibrationError, match="cannot be read"):
         Calibration.load(file)
+
+
+def test_importances_are_squared_gradients(program: Program, batches: list[Tensor], tmp_path: Path) -> None:
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        return (output * batch.mean()).square().sum()
+
+    calibration = recast.calibrate(program, batches, loss=loss)
+    torch.manual_seed(0)
+    model = Model().eval()
+    assert torch.equal(model.down.weight, program.weights["down.weight"])
+    squares: dict[str, Tensor] = {}
+    for batch in batches:
+        model.zero_grad()
+        torch.autograd.backward(loss(model(batch), batch))
+        gradients = {
+            "q": model.q.weight.grad,
+            "down": model.down.weight.grad,  # used twice
+            "experts.1": None if model.experts.grad is None else model.experts.grad[1].T,
+            "back": model.back.grad,
+        }
+        for name, gradient in gradients.items():
+            assert gradient is not None
+            squares[name] = squares.get(name, torch.zeros(())) + gradient.double().square() / len(batches)
+    assert set(calibration.importance) >= {*squares, "k"}
+    for name, square in squares.items():
+        stats = calibration[name]
+        assert stats.row_importance is not None
+        assert stats.column_importance is not None
+        assert_close(stats.row_importance.float(), square.sum(1).float(), terms=10**4)
+        assert_close(stats.column_importance.float(), square.sum(0).float(), terms=10**4)
+    # Sites that share their inputs have importances of their own.
+    assert calibration.members["q"] == calibration.members["k"]
+    assert calibration["q"].hash != calibration["k"].hash
+    assert all(p.grad is None for p in program.module.parameters())
+    plain = recast.calibrate(program, batches)
+    assert plain["q"].row_importance is None
+    assert plain.hash != calibration.hash
+    calibration.save(tmp_path / "with.safetensors")
+    again = Calibration.load(tmp_path / "with.safetensors")
+    assert again.hash == calibration.hash
+    plan = recast.plan(program, {"rules": [{"match": "q", "form": "fwsvd(3)"}], "allow_larger": True}, again)
+    assert str(plan.entries["q"].form) == "fwsvd(rank=3)"
+    with pytest.raises(CalibrationError, match=r"importances .* are needed.*loss=\.\.\."):
+        recast.plan(program, {"rules": [{"match": "q", "form": "fwsvd(3)"}]}, plain)
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (lambda output, batch: 1.0, "the loss gave a float; a scalar tensor"),
+        (lambda output, batch: output, "the loss gave a tensor"),
+        (lambda output, batch: batch.sum(), "does not depend on the weights"),
+        (lambda output, batch: output.sum() * torch.inf, "gradient of the loss at .* is not finite"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(program: Program, batches: list[Tensor], loss: Any, says: str) -> None:
+    with pytest.raises(CalibrationError, match=says):
+        recast.calibrate(program, batches, loss=loss)
