@@ -20,15 +20,16 @@ __all__ = ["Lq"]
 
 @dataclass(frozen=True)
 class Lq(Corrected):
-    """``W ≈ Q + L1 L2``: in turns the best low-rank term for ``W - Q`` and the base form of ``W - L1 L2``, from Q = 0.
+    """``W ≈ Q + L1 L2``: in turns the base form of ``W - L1 L2`` and the best low-rank term for ``W - Q``.
 
-    Turns end when the error rises, and the best pair is kept. With data the errors of both steps are weighted by it.
+    Turns begin with ``L1 L2`` the best for W, and once more with none (`lorc`, which this is never worse than); they end
+    when the error rises, and the best pair is kept. With data the errors of both steps are weighted by it.
 
     Notes
     -----
     Guo et al., LQ-LoRA: Low-rank Plus Quantized Matrix Decomposition for Efficient Language Model Finetuning (2023), with its
     rank of 64 and at most a hundred turns. Theirs weighs by a rank-one Fisher matrix, here it is the Gram matrix of the
-    inputs; SVDs are exact. ``nf4 + low_rank(64)`` is the same sum with few turns from two starts.
+    inputs; theirs keeps the low-rank term that Q was made for, here it is solved for once more.
 
     Examples
     --------
@@ -63,16 +64,19 @@ class Lq(Corrected):
     def solve(self, weight: Tensor, stats: Stats | None) -> Sum:
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         base = self.inner()
-        quantized = torch.zeros_like(wide)
         best, least = None, torch.inf
-        for _ in range(self.turns):
-            low = self.correction(weight, wide - quantized, stats)
-            first = base.solve(wide - low.to_dense().to(wide.dtype), stats).to(weight.dtype)
-            quantized = first.to_dense().to(wide.dtype)
-            found = Sum((first, low))
-            error = data_error(weight, found, stats)
-            if best is not None and not error < least:
-                break
-            best, least = found, error
-        assert best is not None  # there is at least one turn, and errors are finite
+        for start in (None, self.correction(weight, wide, stats)):
+            low, last = start, torch.inf
+            for _ in range(self.turns):
+                rest = wide if low is None else wide - low.to_dense().to(wide.dtype)
+                first = base.solve(rest, stats).to(weight.dtype)
+                low = self.correction(weight, wide - first.to_dense().to(wide.dtype), stats)
+                found = Sum((first, low))
+                error = data_error(weight, found, stats)
+                if best is None or error < least:
+                    best, least = found, error
+                if not error < last:
+                    break
+                last = error
+        assert best is not None  # there is at least one turn
         return best
