@@ -132,8 +132,7 @@ class ColumnSparseForm(NamedForm):
         if stats is not None and stats.gram is not None:
             gram = stats.gram.to(weight.device, torch.float64)
             # What the kept columns are short of on the data; where they see nothing they stay as they are.
-            rest = weight.double()
-            rest[:, columns] = 0
+            rest = weight.double().index_fill(1, columns, 0)
             solved = values.double() + rest @ gram[:, columns] @ pseudo_inverse(gram[columns][:, columns])
             values = solved.to(weight.dtype)
         return ColumnSparse(Dense(values.contiguous()), columns.to(torch.int32), shape[1])

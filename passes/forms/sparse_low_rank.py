@@ -38,8 +38,8 @@ class SparseLowRank(NamedForm):
     >>> weight = torch.ones(32, 32)
     >>> weight[3, 5] = 9.0
     >>> operator = SparseLowRank(rank=1, density=0.04).fit(weight)
-    >>> bool((operator.to_dense() - weight).abs().max() < 1e-5)
-    True
+    >>> operator.nbytes  # 32 values and 1024 bits, 32 + 32 values
+    512
     """
 
     name: ClassVar[str] = "sparse_low_rank"
