@@ -21,8 +21,8 @@ from recast.patterns.recognise import recognise
 SHAPES = ((1, 10), (3, 4), (3, 13))  # batch, length; one length is the number of heads
 
 
-def examine(name: str) -> dict[str, Any]:
-    """Everything about one architecture, JSON-able."""
+def examine(name: str, sizes: str = "free") -> dict[str, Any]:
+    """Everything about one architecture, JSON-able; captured with free sizes, or (``example``) those of the example only."""
     zoo = load()
     from tests.zoo.compare import compare
 
@@ -38,8 +38,10 @@ def examine(name: str) -> dict[str, Any]:
         return row
     row["plain"] = _plain_export(row, model, args, kwargs)
     torch._dynamo.reset()
+    shapes = None if sizes == "free" else dict.fromkeys(kwargs)
+    row["sizes"] = sizes
     try:
-        program = timed(row, "capture", lambda: capture(model, args, kwargs))
+        program = timed(row, "capture", lambda: capture(model, args, kwargs, shapes))
     except CaptureError as error:
         return row | {"captured": False, "capture_error": without_paths(str(error))[:600]} | _nothing(truth)
     row |= {"captured": True, "notes": program.notes, "nodes": len(program.graph.nodes)}

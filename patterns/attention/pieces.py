@@ -20,7 +20,7 @@ from recast.patterns.sites import AttentionSite, source_line
 
 __all__ = ["build"]
 
-_FAR = 120  # values between the normaliser and a product
+_FAR = 250  # values between the normaliser and a product
 _PIECES = {
     "slice_scatter",
     "select_scatter",
@@ -41,10 +41,14 @@ def build(match: Match, around: Surroundings) -> AttentionSite | str:
     """
     normaliser = match.root
     above: set[fx.Node] = set()
-    scores, product = _product(normaliser, around, above), _product(normaliser, around)
-    if scores is None or product is None or not any(_name(n) in _PIECES for n in above):
+    candidates = _products(normaliser, around, above)
+    product = next(iter(_products(normaliser, around)), None)
+    if not candidates or product is None or not any(_name(n) in _PIECES for n in above):
         return ""
-    query, key, *_ = _operands(scores[0])
+    # A product of masks, made to say which places a band has, is one of activations too.
+    made = [c for c, _ in candidates if all(made_by(n, around)[0] is not None for n in _operands(c)[:2])]
+    scores = made[0] if made else candidates[0][0]
+    query, key, *_ = _operands(scores)
     values = [n for n in _operands(product[0]) if n is not product[1]]
     if not values:
         return "what is normalised is multiplied with itself"
@@ -55,7 +59,7 @@ def build(match: Match, around: Surroundings) -> AttentionSite | str:
     pieces = [piece for piece in found.values() if piece is not None]
     if len({(piece.site.name, piece.part) for piece in pieces[:3]}) == 1 and not pieces[0].site.parts:
         return f"queries, keys and values are all '{pieces[0].name}'"
-    nodes = sorted({scores[0], normaliser, product[0]}, key=around.position.__getitem__)
+    nodes = sorted({scores, normaliser, product[0]}, key=around.position.__getitem__)
     shape = query.meta["val"].shape
     return AttentionSite(
         name=common_module(pieces, product[0]),
@@ -77,9 +81,13 @@ def build(match: Match, around: Surroundings) -> AttentionSite | str:
     )
 
 
-def _product(start: fx.Node, around: Surroundings, above: set[fx.Node] | None = None) -> tuple[fx.Node, fx.Node] | None:
-    """The nearest product of activations below, and the value through which it is reached; `above` takes those on the way up."""
+def _products(start: fx.Node, around: Surroundings, above: set[fx.Node] | None = None) -> list[tuple[fx.Node, fx.Node]]:
+    """Products of activations below, nearest first, each with the value through which it is reached.
+
+    With `above` it is those on the way up, and the values passed are put there.
+    """
     seen, queue, up = {start}, deque([start]), above is not None
+    found: dict[fx.Node, fx.Node] = {}
     while queue and len(seen) < _FAR:
         node = queue.popleft()
         for other in node.all_input_nodes if up else list(node.users):
@@ -90,13 +98,13 @@ def _product(start: fx.Node, around: Surroundings, above: set[fx.Node] | None = 
                 continue
             if product_flops(other):
                 if len([n for n in _operands(other) if n not in around.scope.constants]) > 1:
-                    return other, node
+                    found.setdefault(other, node)
                 continue
             seen.add(other)
             queue.append(other)
             if above is not None:
                 above.add(other)
-    return None
+    return list(found.items())
 
 
 def _name(node: fx.Node) -> str:

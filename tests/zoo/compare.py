@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,11 +16,14 @@ from recast.patterns.recognise import Recognition
 
 __all__ = ["compare", "gap", "module_path", "tensors"]
 
+_KINDS = {"attention": "attention", "moe": "moe", "norms": "norm"}
+_PLAIN = ("product", "convolution")  # every product of activations is one: told last
+
 
 def compare(truth: Any, program: Program, found: Recognition) -> dict[str, Any]:
     """Count what was found of what is there.
 
-    Matrices count by elements; of a batched one, as many as there are sites for its matrices. An attention block counts if
+    Matrices count by elements, those of a parameter that holds several as far as there are sites for them. An attention block counts if
     its site names linears for q, k, v and o; a mixture if every expert has its matrices named.
     """
     sites: dict[str, list[Any]] = {}
@@ -30,14 +34,12 @@ def compare(truth: Any, program: Program, found: Recognition) -> dict[str, Any]:
     def canonical(name: str) -> str:
         return program.aliases.get(name, name)
 
-    covered = Counter(canonical(w) for site in sites.get("linear", []) for w in dict.fromkeys(site.weights))
+    covered = _elements(sites.get("linear", []), canonical)
     elements = 0
     for matrix in truth.matrices.values():
-        count = matrix.shape[0] if len(matrix.shape) == 3 and matrix.shape[2] > 1 else 1
-        got = min(count, covered[canonical(matrix.name)])
-        got = count if got and covered[canonical(matrix.name)] >= count else got
-        elements += matrix.parameters * got // count
-        if got < count:
+        got = min(matrix.parameters, covered[canonical(matrix.name)])
+        elements += got
+        if got < matrix.parameters:
             missed.setdefault("matrices", []).append(matrix.name)
     attention = _at_paths(
         truth.attention, [s for s in sites.get("attention", []) if s.q and s.k and s.v and s.o], missed
@@ -55,8 +57,19 @@ def compare(truth: Any, program: Program, found: Recognition) -> dict[str, Any]:
         "without_reason": len(_unexplained(missed, program, found)),
         "unexplained": _unexplained(missed, program, found)[:20],
         "missed": {kind: names[:40] for kind, names in missed.items()},
-        "reasons": [f"{m.kind} {m.name}: {m.reason}"[:300] for m in found.misses][:40],
+        "causes": _causes(missed, sites.get("attention", []), found),
+        "reasons": _reasons(sites.get("attention", []), found),
     }
+
+
+def _elements(linear: Iterable[Any], canonical: Callable[[str], str]) -> Counter[str]:
+    """Elements of each parameter that belong to a site; all of them where a matrix is computed from several."""
+    found: Counter[str] = Counter()
+    for site in linear:
+        names = {canonical(w) for w in site.weights}
+        for name in names:
+            found[name] += site.parameters if len(names) == 1 else sys.maxsize
+    return found
 
 
 def module_path(node: fx.Node | None) -> str:
@@ -118,16 +131,50 @@ def _norms(
     return total
 
 
+def _incomplete(sites: Iterable[Any]) -> list[Any]:
+    """Attention sites that lack a linear; their notes say which and why."""
+    return [s for s in sites if s.kind == "attention" and not (s.q and s.k and s.v and s.o)]
+
+
+def _causes(missed: dict[str, list[str]], attention: list[Any], found: Recognition) -> dict[str, str]:
+    """For each kind of which something was missed, the first reason that speaks of it."""
+    causes = {}
+    for kind, names in missed.items():
+        own = [m.reason for m in found.misses if m.kind == _KINDS.get(kind)]
+        if kind == "matrices":
+            own = [m.reason for name in names for m in found.misses if m.name == name]
+        if kind == "attention":
+            own += ["; ".join(n for n in site.notes if n[1:2] == ":") for site in _incomplete(attention)]
+        if own:
+            causes[kind] = own[0][:300]
+    return causes
+
+
+def _reasons(attention: list[Any], found: Recognition) -> list[str]:
+    told = [f"{m.kind} {m.name}: {m.reason}" for m in found.misses if m.kind not in _PLAIN]
+    told += [f"attention {s.name}: {'; '.join(n for n in s.notes if n[1:2] == ':')}" for s in _incomplete(attention)]
+    told += [f"{m.kind} {m.name}: {m.reason}" for m in found.misses if m.kind in _PLAIN]
+    return [line[:300] for line in told[:40]]
+
+
 def _unexplained(missed: dict[str, list[str]], program: Program, found: Recognition) -> list[str]:
     """What was missed and no near miss tells of: none by its name, nor one at a value of the same module."""
     by_name = {node.name: node for node in program.graph.nodes}
     told = {m.name for m in found.misses if m.reason}
     paths = {module_path(by_name.get(m.node) or by_name.get(m.name)) for m in found.misses if m.reason} - {""}
+    paths |= {module_path(site.node) for site in _incomplete(found.sites)} - {""}
+    near = {  # the module that holds what a near miss is of, such as a router beside its experts
+        kind: {module_path(by_name.get(m.node) or by_name.get(m.name)) for m in found.misses if m.kind == kind}
+        for kind in ("moe", "attention")
+    }
+    near["attention"] |= {module_path(site.node) for site in _incomplete(found.sites)}
+    near = {kind: {path.rpartition(".")[0] for path in told} - {""} for kind, told in near.items()}
     silent = []
     for kind, names in missed.items():
         for name in names:
             path = name.rpartition(".")[0] if kind == "matrices" else name
             spoken = name in told or any(t.startswith(name) for t in told) or any(_within(p, path) for p in paths)
+            spoken = spoken or any(_within(path, n) for n in near.get(kind, ()))
             if not spoken and not (kind == "attention" and any(_within(path, p) for p in paths)):
                 silent.append(f"{kind} {name}")
     return silent

@@ -1,14 +1,82 @@
 """What the generator cannot know of single architectures: a small table.
 
 ``config`` changes attributes after shrinking by name (dictionaries reach into nested configurations), ``head`` names the class
-to build, ``refused`` says why an architecture is left out.
+to build, ``inputs`` completes its inputs, ``refused`` says why an architecture is left out.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+# Sections of a rotary embedding in several dimensions, whose default lengths stand in the models' code.
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+_HALF_SECTIONS = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [1, 1, 2],
+    }
+}
+
+# The first width stands in the model's code.
+_EFFICIENT = {
+    "width_coefficient": 1.0,
+    "depth_coefficient": 1.0,
+    "in_channels": [32, 16, 24, 40, 80, 112, 192],
+    "out_channels": [16, 24, 40, 80, 112, 192, 320],
+}
+
+
+def _boxes(model: Any, batch: int, length: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A place on the page for every token."""
+    return kwargs | {"bbox": torch.rand(batch, length, 4, generator=torch.Generator().manual_seed(length))}
+
+
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    **{
+        name: {"config": {"text_config": _SECTIONS}}
+        for name in (
+            "qwen2_vl",
+            "qwen2_5_vl",
+            "qwen2_5_omni_thinker",
+            "paddleocr_vl",
+            "glm4v",
+            "glm46v",
+            "glm_ocr",
+            "glm_image",
+            "glmga",
+        )
+    },
+    **{
+        name: {"config": _SECTIONS}
+        for name in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_ocr_text", "glm_image_text")
+    },
+    "hunyuan_vl": {"config": {"text_config": _SECTIONS}},
+    "hunyuan_vl_text": {"config": _SECTIONS},
+    "glm4v_moe": {"config": {"text_config": _HALF_SECTIONS}},
+    "glm4v_moe_text": {"config": _HALF_SECTIONS},
+    "bit": {"config": {"num_groups": 4}},
+    "levit": {"config": {"patch_size": 16, "image_size": 64}},
+    "efficientnet": {"config": _EFFICIENT},
+    "align": {"config": {"vision_config": _EFFICIENT}},
+    "lilt": {"config": {"hidden_size": 96}},
+    "mimi": {"config": {"upsample_groups": 64}},
+    "mimi_decoder": {"config": {"upsample_groups": 64}},
+    "csm": {"config": {"codec_config": {"upsample_groups": 64}}},
+    "kyutai_speech_to_text": {"config": {"codec_config": {"upsample_groups": 64}}},
+    "glm5_next_text": {"config": {"index_topk": 16}},
+    "glm5_next": {"config": {"text_config": {"index_topk": 16}}},
+    "vjepa2": {"config": {"crop_size": 32, "frames_per_clip": 4}},
+    "bros": {"inputs": _boxes},
+    "layoutlmv3": {"config": {"coordinate_size": 12, "shape_size": 8}},
+    "mobilevitv2": {"config": {"image_size": 128}},
+    "lw_detr": {"config": {"backbone_config": {"image_size": 64}}},
+    "lw_detr_vit": {"config": {"image_size": 64}},
+    "depth_pro": {"refused": "its image encoders want sizes that are not small"},
+    "longcat_flash": {"config": {"zero_expert_num": 2}},
     "mamba2": {"config": {"num_heads": 8, "head_dim": 16, "n_groups": 1}},
     "jamba": {
         "config": {

@@ -22,12 +22,16 @@ def example(model: Any, batch: int, length: int, seed: int = 0) -> tuple[tuple[A
     draw = torch.Generator().manual_seed(seed)
     parameters = inspect.signature(model.forward).parameters
     config, main = model.config, model.main_input_name
-    if (
+    if "input_ids" not in parameters and ("grid_thw" in parameters or "spatial_shapes" in parameters):
+        kwargs = _patches(draw, config, batch, parameters)
+    elif (
         main == "input_ids"
         or (main not in parameters and "input_ids" in parameters)
         or ("input_ids" in parameters and main == "pixel_values")
     ):
         kwargs = {"input_ids": _ids(draw, batch, length, model)}
+        if "pixel_values" in parameters:
+            kwargs |= _with_image(draw, batch, kwargs["input_ids"], model)
     elif main in _MAKERS:
         kwargs = {main: _MAKERS[main](draw, config, batch, length, model)}
     else:
@@ -35,6 +39,49 @@ def example(model: Any, batch: int, length: int, seed: int = 0) -> tuple[tuple[A
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
         kwargs["decoder_input_ids"] = _ids(draw, batch, max(1, length - 3), model)
     return (), kwargs
+
+
+def _with_image(draw: torch.Generator, batch: int, ids: Tensor, model: Any) -> dict[str, Tensor]:
+    """An image beside the text: as another input of a model of both, or in place of tokens, as many as its features are."""
+    config = model.config
+    pixels = _pixels(draw, config, batch, 0, model)
+    token = next(
+        (t for n in ("image_token_id", "image_token_index") if (t := getattr(config, n, None)) is not None), None
+    )
+    needed = inspect.signature(model.forward).parameters["pixel_values"].default is inspect.Parameter.empty
+    if token is None:
+        joint = all(hasattr(config, part) for part in ("text_config", "vision_config"))
+        return {"pixel_values": pixels} if joint or needed or hasattr(config, "image_size") else {}
+    try:
+        with torch.no_grad():
+            features = model.get_image_features(pixel_values=pixels)
+            features = getattr(features, "pooler_output", None) if hasattr(features, "keys") else features
+            held = torch.cat([*features]) if isinstance(features, list | tuple) else features
+            count = held.numel() // held.shape[-1]
+            places = torch.full((batch, count // batch), token)
+            together = torch.cat([ids[:, :1], places, ids[:, 1:]], 1)
+            model(input_ids=together, pixel_values=pixels)
+    except Exception:  # noqa: BLE001  # it wants more than pixels: the text alone is given
+        return {"pixel_values": pixels} if needed else {}
+    return {"input_ids": together, "pixel_values": pixels}
+
+
+def _patches(draw: torch.Generator, config: Any, batch: int, parameters: Any) -> dict[str, Tensor]:
+    """Images as rows of patches, with their heights and widths in patches."""
+    size = _find(config, "patch_size", default=8)
+    features = _find(config, "in_channels", "num_channels", "in_chans", default=3) * size * size
+    if "spatial_shapes" in parameters:
+        return {
+            "pixel_values": torch.randn(batch, 16, features, generator=draw),
+            "pixel_attention_mask": torch.ones(batch, 16, dtype=torch.int64),
+            "spatial_shapes": torch.tensor([[4, 4]] * batch),
+        }
+    main = "hidden_states" if "hidden_states" in parameters else "pixel_values"
+    features *= _find(config, "temporal_patch_size", default=1)
+    return {
+        main: torch.randn(16 * batch, features, generator=draw),
+        "grid_thw": torch.tensor([[1, 4, 4]] * batch),
+    }
 
 
 def _ids(draw: torch.Generator, batch: int, length: int, model: Any) -> Tensor:
@@ -120,6 +167,7 @@ def _past(draw: torch.Generator, config: Any, batch: int, length: int, model: An
 
 
 _MAKERS = {
+    "inputs": lambda draw, config, batch, length, model: _ids(draw, batch, length, model),
     "pixel_values": _pixels,
     "pixel_values_videos": _videos,
     "input_values": _samples,

@@ -91,8 +91,13 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"num_queries|num_query_tokens|num_latents", (6, "at most")),
 )
 _COMPILED = tuple((re.compile(pattern), value) for pattern, value in RULES)
-_WIDTHS = re.compile(r"(.*_)?(hidden_sizes|embed_dims|conv_dim|dims|encoder_hidden_sizes|neck_hidden_sizes|channels)")
-_DEPTHS = re.compile(r"depths|layers|num_blocks|stage_depths|.*_depths|block_repeats")
+_WIDTHS = re.compile(
+    r"(.*_)?(hidden_sizes|embed_dims?|embed_dim_per_stage|conv_dim|dims|encoder_hidden_sizes|neck_hidden_sizes|channels)"
+)
+_DEPTHS = re.compile(r"depths?|layers|num_blocks|stage_depths|.*_depths|(.*_)?block_repeats|blocks_per_stage")
+_STAGED = re.compile(r"depths?|.*_depths|blocks_per_stage|num_block_repeats")
+_STAGED_SIZES = {"image_size": 2 * IMAGE, "window_size": 2}  # a window fits in the last stage
+_FIRST_WIDTH = re.compile(r"embed_dim|.*embeds_hidden_size")  # of the first stage; it doubles with each
 _LAYER_NUMBERS = re.compile(r"(.*_)?(layers|layer_ids|indices|indexes|idxs|idx|layers_idx|moe_layers)")
 _TOKENS = re.compile(r"(.*_)?token_(id|index)|(.*_)?token_ids")
 
@@ -133,12 +138,15 @@ def shrink(config: Any, changes: dict[str, Any] | None = None, *, nested: bool =
     canonical = {theirs: ours for ours, theirs in getattr(cls, "attribute_map", {}).items()}
     fields = [f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")]
     given: dict[str, Any] = _own_values(config, fields) if nested else {}
-    chosen = _chosen_layers(config, fields)
+    staged = _staged(config, fields)
+    chosen = [] if staged else _chosen_layers(config, fields)
     depth = changes.get("num_hidden_layers", max(LAYERS, len(chosen)))
     tokens = 3
     for name in fields:
         value = read(config, name)
-        if _is_config(value):
+        if _is_config(value) and str(getattr(value, "model_type", "")).startswith("timm"):
+            given[name] = _plain_backbone(value)
+        elif _is_config(value):
             given[name] = shrink(value, changes.pop(name, None), nested=True, fill=fill)
         elif name in changes:
             pass
@@ -161,6 +169,12 @@ def shrink(config: Any, changes: dict[str, Any] | None = None, *, nested: bool =
             new = _sequence(name, value, config, chosen, depth)
             if new is not None:
                 given[name] = new
+        elif staged and (_is_depth(name, canonical) or name == "num_stages"):
+            pass  # as many as there are stages
+        elif staged and isinstance(value, int) and name in _STAGED_SIZES:
+            given[name] = _STAGED_SIZES[name]
+        elif staged and _FIRST_WIDTH.fullmatch(name) and isinstance(value, int):
+            given[name] = max(HEAD, HEAD // 2 * _first_heads(config))
         elif isinstance(value, int) and not isinstance(value, bool):
             new = _number(name, value)
             if new is None and name in canonical:
@@ -169,6 +183,16 @@ def shrink(config: Any, changes: dict[str, Any] | None = None, *, nested: bool =
                 given[name] = depth if new == LAYERS and _is_depth(name, canonical) else new
     given.update(changes)
     return cls(**given)
+
+
+def _plain_backbone(config: Any) -> Any:
+    """A small ResNet in place of a backbone that needs another package."""
+    from transformers import ResNetConfig
+
+    stages = [i for i in (getattr(config, "out_indices", None) or [4]) if i > 0] or [4]
+    return ResNetConfig(  # type: ignore[no-untyped-call]
+        embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1], layer_type="basic", out_indices=stages
+    )
 
 
 def read(config: Any, name: str) -> Any:
@@ -208,6 +232,20 @@ def _number(name: str, value: int) -> int | None:
         if pattern.fullmatch(name):
             return min(new[0], value) if isinstance(new, tuple) else int(new)
     return None
+
+
+def _staged(config: Any, fields: list[str]) -> bool:
+    """Whether a model narrows an image stage by stage, with a list that says how deep each stage is."""
+    depths = [read(config, n) for n in fields if _STAGED.fullmatch(n)]
+    return any(isinstance(d, list | tuple) and len(d) > 1 and all(isinstance(e, int) for e in d) for d in depths)
+
+
+def _first_heads(config: Any) -> int:
+    for name in ("num_heads", "num_attention_heads"):
+        heads = read(config, name)
+        if isinstance(heads, list | tuple) and heads and isinstance(heads[0], int):
+            return heads[0]
+    return 1
 
 
 def _depth_of(config: Any) -> int:
@@ -250,6 +288,7 @@ def _chosen_layers(config: Any, fields: list[str]) -> list[int]:
 
 def _sequence(name: str, value: Any, config: Any, chosen: list[int], depth: int) -> Any:
     kind = type(value)
+    chosen = [] if _WIDTHS.fullmatch(name) else chosen
     plain = all(isinstance(e, str | int | float | bool | None) for e in value)
     if len(value) > 2 and len(value) == _depth_of(config) and chosen and plain:
         picked = [value[i] for i in chosen]

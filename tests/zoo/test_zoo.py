@@ -128,3 +128,38 @@ def test_truth_of_a_model_written_by_hand() -> None:
     assert dict(truth.attention) == {"": 1}  # the router's softmax is none
     assert {path: r.experts for path, r in truth.routed.items()} == {"experts": 3}
     assert truth.norms == {"norm": "LayerNorm"}
+
+
+class _Folded(torch.nn.Module):
+    """A bias by places and a table, both functions of what the model holds: no product and no norm of activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: torch.Tensor
+        self.register_buffer("places", torch.randn(4, 2))
+        self.bias, self.out = torch.nn.Linear(2, 8), torch.nn.Linear(8, 8)
+        self.table, self.norm = torch.nn.Parameter(torch.randn(4, 8)), torch.nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.out(x + self.bias(self.places) + self.norm(self.table))
+
+
+def test_what_is_made_of_weights_alone_is_no_part_of_the_truth() -> None:
+    truth, _ = observe(_Folded().eval(), (torch.randn(3, 4, 8),), {})
+    assert set(truth.matrices) == {"out.weight"}
+    assert not truth.norms
+
+
+def test_stages_keep_their_number_and_narrow() -> None:
+    model, _, kwargs = zoo.build("swin")
+    config: Any = model.config
+    assert len(config.depths) == 4
+    assert config.embed_dim % config.num_heads[0] == 0
+    assert kwargs["pixel_values"].shape[-1] == config.image_size == 64
+
+
+def test_an_image_takes_the_place_of_its_tokens() -> None:
+    model, _, kwargs = zoo.build("got_ocr2")
+    config: Any = model.config
+    assert (kwargs["input_ids"] == config.image_token_id).sum() == kwargs["input_ids"].numel() - 2 * 10
+    assert kwargs["pixel_values"].shape[0] == 2

@@ -43,7 +43,7 @@ _CHOICES = {"topk", "argmax", "sort"}
 _SELECT = {"index", "index_select", "gather", "embedding"}
 _FORGET = {"native_layer_norm", "_fused_rms_norm", "native_group_norm", "arange", "full"}
 _NORM = re.compile(r"\w*Norm(Gated|\dd|1P)?")
-_NOT_NORM = re.compile(r"\w*BatchNorm\w*|InstanceNorm\w*|WeightNorm\w*")
+_NOT_NORM = re.compile(r"NoNorm|\w*BatchNorm\w*|InstanceNorm\w*|WeightNorm\w*")
 
 
 @dataclasses.dataclass
@@ -132,7 +132,9 @@ class _Watch(TorchDispatchMode):
         self.path: list[str] = [""]
         self.model = model
         self.parameters = dict(model.named_parameters())
-        self.by_storage = {p.untyped_storage().data_ptr(): n for n, p in self.parameters.items() if p.numel()}
+        # What a model computes of parameters and buffers alone is no product with an activation.
+        held = {**dict(model.named_buffers()), **self.parameters}
+        self.by_storage = {t.untyped_storage().data_ptr(): n for n, t in held.items() if t.numel()}
         self.modules = dict(model.named_modules())
         self.weights: dict[int, frozenset[str]] = {}  # of values that are functions of parameters: which
         self.scores: set[int] = set()  # values that come from a product of two activations
@@ -222,6 +224,10 @@ class _Watch(TorchDispatchMode):
                     self.weights[id(output)] = of
                     self._forget(output)
 
+    def constant(self, value: Tensor) -> bool:
+        """Whether a value is a function of parameters and buffers alone."""
+        return bool(self._sources(value))
+
     def note_norm(self, path: str, kind: str) -> None:
         """A norm has just been computed."""
         self._see(lambda: self.truth.norms.setdefault(path, kind) and None)
@@ -249,8 +255,8 @@ class _Watch(TorchDispatchMode):
 
         def event() -> None:
             for name in sources:
-                parameter = self.parameters[name]
-                if parameter.ndim >= 2:
+                parameter = self.parameters.get(name)
+                if parameter is not None and parameter.ndim >= 2:
                     matrix = self.truth.matrices.setdefault(name, Matrix(name, tuple(parameter.shape)))
                     matrix.paths[path] += 1
 
@@ -295,9 +301,10 @@ def _paths(model: nn.Module, watch: _Watch) -> Iterator[None]:
             if _NORM.fullmatch(kind) and not _NOT_NORM.fullmatch(kind) and getattr(module, "weight", None) is not None:
                 watch.norm[path] = kind
 
-        def leave(*_: Any) -> None:
+        def leave(module: nn.Module, given: Any, result: Any) -> None:
             path = watch.path.pop()
-            if path in watch.norm:  # its last operation gives its result
+            # Its last operation gives its result. A norm of weights alone is a weight.
+            if path in watch.norm and not (isinstance(result, Tensor) and watch.constant(result)):
                 kind = watch.norm[path]
                 watch.note_norm(path, kind)
 
