@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.stats import Stats
 
-__all__ = ["behind", "best_left", "leading_subspace", "pseudo_inverse"]
+__all__ = ["behind", "best_left", "gram_root", "leading_subspace", "pseudo_inverse"]
 
 # Below this fraction of the largest eigenvalue, a direction of the data counts as never seen.
 CUTOFF = 1e-10
@@ -106,7 +106,7 @@ def leading_subspace(
     else:
         root = w
         if gram is not None:
-            root = w @ _root(gram)
+            root = w @ gram_root(gram)
         values, vectors = _leading_eigenvectors(_symmetric(root.T @ root), rank)
         kept = _kept(values, rank, energy, max(m, n))
         # The columns come out orthogonal but for rounding, largest first, so QR changes lengths and signs only.
@@ -124,7 +124,7 @@ def leading_subspace(
     return basis
 
 
-def _root(gram: Tensor) -> Tensor:
+def gram_root(gram: Tensor) -> Tensor:
     """A square root S of a Gram matrix, ``G = S Sᵀ``; kept while the matrix lives, since fits that take turns ask again."""
     held: Tensor | None = _ROOTS.get(gram)  # type: ignore[no-untyped-call]
     if held is None:
