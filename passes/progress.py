@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 __all__ = ["track"]
 
 T = TypeVar("T")
+
+# The display that is shown now, if there is one.
+_displays: list[Progress] = []
 
 
 def track(items: Iterable[T], label: str, progress: bool | None = None) -> Iterator[T]:
@@ -23,6 +29,10 @@ def track(items: Iterable[T], label: str, progress: bool | None = None) -> Itera
     progress
         True, False, or None for "when standard error is a terminal".
 
+    Notes
+    -----
+    A bar that begins while another one runs is a further line of the same display.
+
     Examples
     --------
     >>> list(track([1, 2, 3], "counting", progress=False))
@@ -34,10 +44,24 @@ def track(items: Iterable[T], label: str, progress: bool | None = None) -> Itera
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     total = len(items) if isinstance(items, Sized) else None
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    if _displays:
+        bar = _displays[-1]
         task = bar.add_task(label, total=total)
-        for item in items:
-            yield item
-            bar.advance(task)
+        try:
+            for item in items:
+                yield item
+                bar.advance(task)
+        finally:
+            bar.remove_task(task)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        _displays.append(bar)
+        try:
+            task = bar.add_task(label, total=total)
+            for item in items:
+                yield item
+                bar.advance(task)
+        finally:
+            _displays.remove(bar)
