@@ -23,6 +23,7 @@ class BlockShuffle(Monarch):
 
     Examples
     --------
+    >>> import torch
     >>> BlockShuffle().fit(torch.randn(64, 16)).nbytes / (64 * 16 * 4)
     0.625
     """
