@@ -15,6 +15,7 @@ if _absent:
         "(on Windows: with developer mode on), or install a wheel."
     )
 
+from recast.compiling import compile  # noqa: A004  # torch.compile with this backend
 from recast.lowering.artifact import Artifact, load, lower, optimize
 from recast.passes.calibrate import Calibration, calibrate
 from recast.passes.forms import Form, Operator
@@ -63,6 +64,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "capture",
+    "compile",
     "coverage",
     "find",
     "load",

@@ -124,6 +124,7 @@ def recast(
     """
     asked = Options.of(options)
     captured = from_dynamo(gm, example_inputs)
+    captured.program.notes += _breaks(gm)
     with _LOCK, _disable_current_modes(), torch.no_grad():
         rewritten = _rewrite(captured.program, asked)
     kept = [example_inputs[position] for position in captured.kept]
@@ -137,6 +138,23 @@ def recast(
         return compiled(*[args[position] for position in positions])
 
     return call
+
+
+def _breaks(gm: fx.GraphModule) -> list[str]:
+    """Why the graph ends where it does, if the model goes on: what follows is another graph, or runs as it is."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return []
+    first = next((line.strip() for line in str(reason.reason).splitlines() if line.strip()), "no reason given")
+    stack = list(reason.user_stack or [])
+    where = f" at {stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}" if stack else ""
+    note = f"the graph ends at a break{where}: {first}; matrices multiplied outside of graphs stay as they are"
+    if any(frame.filename.endswith("transformers/integrations/moe.py") for frame in stack):
+        note += (
+            "; experts in a loop cannot be traced: recast.compile(model, recipe) switches them for each call, "
+            "model.set_experts_implementation('grouped_mm') for good"
+        )
+    return [note]
 
 
 def _rewrite(program: Program, asked: Options) -> Program:
