@@ -232,17 +232,33 @@ def _scales(
 
 
 def _searched(grouped: Tensor, table: Tensor, importance: Tensor | None, tops: Sequence[float]) -> Tensor:
-    """The best scale among shares of the largest value, for groups (m, groups, width)."""
+    """The best scale among shares of the largest value, for groups (m, groups, width).
+
+    Once a group is sorted, a scale's error is a matter of as many look-ups in running sums as there are levels.
+    """
     largest = grouped.abs().amax(-1)
     if len(tops) == 1:
         return largest * tops[0]
-    best, least = largest, torch.full_like(largest, torch.inf)
+    ordered, places = torch.sort(grouped.double(), -1)
+    weights = (
+        torch.ones_like(ordered) if importance is None else importance.double().expand_as(ordered).gather(-1, places)
+    )
+    nothing = ordered.new_zeros(*ordered.shape[:-1], 1)
+    mass, moment = (torch.cat([nothing, t.cumsum(-1)], -1) for t in (weights, weights * ordered))
+    square = (weights * ordered.square()).sum(-1)
+    levels = torch.unique(table.double())
+    between = (levels[1:] + levels[:-1]) / 2
+    end = torch.full(nothing.shape, ordered.shape[-1], dtype=torch.int64, device=grouped.device)
+    best, least = largest, torch.full_like(square, torch.inf)
     for top in tops:
-        scale = (largest * top).unsqueeze(-1)
-        codes = reference.nearest_codes(grouped / torch.where(scale == 0, 1, scale), table)
-        gap = (table[codes] * scale - grouped).square_()
-        error = gap.sum(-1) if importance is None else (gap * importance).sum(-1)
-        best, least = torch.where(error < least, scale.squeeze(-1), best), torch.minimum(error, least)
+        scale = (largest * top).double()
+        cuts = torch.searchsorted(ordered, scale.unsqueeze(-1) * between)
+        edges = torch.cat([torch.zeros_like(end), cuts, end], -1)
+        held, sums = (t.gather(-1, edges).diff(dim=-1) for t in (mass, moment))
+        # Of the numbers that one level stands for: sum of w (x - level scale)^2.
+        error = square - 2 * scale * (sums @ levels) + scale.square() * (held @ levels.square())
+        better = error < least
+        best, least = torch.where(better, scale.to(largest.dtype), best), torch.where(better, error, least)
     return best
 
 
