@@ -15,16 +15,26 @@ from torch import Tensor
 from recast.kernels.quantized_matmul.ops import int8_matmul, largest_exact_code
 from recast.kernels.quantized_matmul.reference import quantize_tokens
 from recast.lowering.packed import Packed, chooser, plain
+from recast.passes.forms.column_sparse import ColumnSparse
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.quantized import Quantized
+from recast.passes.forms.sparse import Sparse
 
 __all__ = ["INTEGER", "choose"]
 
 INTEGER = "onednn int8"
 SATURATES = "aten, rounded in float: this CPU's int8 product would saturate"
+WRITTEN_OUT = "aten (sparse, written out)"
+
+
+def _linear(held: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, held["weight"].to(x.dtype))
 
 
 def _leaf(operator: Operator) -> Packed | None:
+    if isinstance(operator, Sparse) and not isinstance(operator, ColumnSparse):
+        # What Inductor would fold unpacking into, without the time to compile it.
+        return Packed(operator, WRITTEN_OUT, {"weight": operator.to_dense().contiguous()}, _linear)
     if not isinstance(operator, Quantized) or not operator.activations:
         return None
     simple = operator.symmetric and operator.scale.shape[1] == 1
