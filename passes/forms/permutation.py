@@ -63,7 +63,8 @@ class Permutation(Reordering):
         return Cost(0, self.nbytes + 2 * self.shape[0] * tokens * self.values.itemsize)
 
     def own_tensors(self) -> dict[str, Tensor]:
-        return {"order": self.order}
+        # Not `order`: modules that hold an operator keep the order of their own features under that name.
+        return {"places": self.order}
 
     def fields(self) -> dict[str, Any]:
         return {"values": dtype_name(self.values)}
@@ -72,7 +73,7 @@ class Permutation(Reordering):
     def build(
         cls, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], children: Mapping[str, Operator]
     ) -> Operator:
-        return cls(tensors["order"], dtype_from_name(fields["values"]))
+        return cls(tensors["places"], dtype_from_name(fields["values"]))
 
     def to(self, dtype: torch.dtype) -> Permutation:
         return Permutation(self.order, dtype)

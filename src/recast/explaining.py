@@ -149,12 +149,13 @@ class _Branches(nn.Module):
 def forms_by_target() -> list[dict[str, Any]]:
     """Every form with its parameters and what each target runs it with, found by lowering a small model."""
     rows: list[dict[str, Any]] = []
+    unfit: list[dict[str, Any]] = []  # forms that a weight alone is not enough for
     for name, kind in forms().items():
         parameters = [{"name": p.name, "type": p.type, "default": p.default, "help": p.help} for p in kind.parameters()]
-        examples = dict.fromkeys(str(form) for form in kind.examples((64, 64)))
-        rows.append(
-            {"name": name, "summary": kind.summary, "parameters": parameters, "example": next(iter(examples), name)}
-        )
+        example = next((str(form) for form in kind.examples((64, 64))), None)
+        rows.append({"name": name, "summary": kind.summary, "parameters": parameters, "example": example or name})
+        if example is None:
+            unfit.append(rows.pop())
     combined: list[dict[str, Any]] = [
         {"name": "", "summary": "an expression", "parameters": [], "example": text} for text in _COMBINED
     ]
@@ -177,7 +178,9 @@ def forms_by_target() -> list[dict[str, Any]]:
         kernels = {row.name: row.kernel for row in report.rows}
         for i, row in enumerate(rows):
             row["targets"][target] = kernels.get(f"form.{i}", "dense")
-    return rows
+    for row in unfit:
+        row["targets"] = dict.fromkeys(lowerings(), "not tried: needs calibration with a loss")
+    return sorted(rows + unfit, key=lambda row: (not row["name"], row["name"]))
 
 
 def _reads(text: str) -> bool:

@@ -125,7 +125,7 @@ def test_permutation_is_the_best_of_all() -> None:
         for order in itertools.permutations(range(5)):
             gap = weight - torch.eye(5, dtype=torch.float64)[list(order)]
             errors[order] = float((gap @ metric * gap).sum())
-        found = Form.parse("permutation").fit(weight, stats).tensors()["order"]
+        found = Form.parse("permutation").fit(weight, stats).tensors()["places"]
         assert tuple(found.tolist()) == min(errors, key=lambda order: errors[order])
 
 
