@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from recast.kernels.codebook_matmul.reference import nearest_codes
 from recast.kernels.quantized_matmul.reference import pack_codes
 from recast.passes.forms.codebook import Codebook, outline_table
 from recast.passes.forms.form import NamedForm
@@ -18,11 +17,13 @@ from recast.patterns.errors import FormError
 
 __all__ = ["KMeans", "cluster_values"]
 
+# Rounds at most, and numbers that are clustered at once where there are many tables.
 _ROUNDS = 100
+_SLAB = 1 << 20
 
 
 def cluster_values(values: Tensor, weights: Tensor | None, count: int) -> Tensor:
-    """Find `count` centres of numbers (L,), by Lloyd's rounds from the quantiles: (count,) ascending, float64.
+    """Find `count` centres of each row of numbers (T, L), by Lloyd's rounds from the quantiles: (T, count) ascending, float64.
 
     Sorted numbers and their running sums make a round a matter of `count` look-ups. Where there are no more than `count`
     different numbers, these are the centres.
@@ -30,37 +31,38 @@ def cluster_values(values: Tensor, weights: Tensor | None, count: int) -> Tensor
     Parameters
     ----------
     values, weights
-        (L,); weights of the squared errors, None for equal ones.
+        (T, L); weights of the squared errors, None for equal ones.
     count
         How many centres.
 
     Examples
     --------
-    >>> cluster_values(torch.tensor([0.0, 0.1, 1.0, 1.1, 1.2]), None, 2).tolist()
-    [0.05..., 1.1...]
+    >>> cluster_values(torch.tensor([[0.0, 0.1, 1.0, 1.1, 1.2]]), None, 2).tolist()
+    [[0.05..., 1.1...]]
     """
-    order = torch.argsort(values, stable=True)
-    x = values.double()[order]
-    w = torch.ones_like(x) if weights is None else weights.double()[order]
-    if not bool((w > 0).any()):
-        w = torch.ones_like(x)
-    different = torch.unique(x)
-    if len(different) <= count:
-        return torch.nn.functional.pad(
-            different.reshape(1, 1, -1), (0, count - len(different)), mode="replicate"
-        ).reshape(-1)
-    start = x.new_zeros(1)
-    mass, moment = torch.cat([start, w.cumsum(0)]), torch.cat([start, (w * x).cumsum(0)])
-    share = (torch.arange(count, dtype=x.dtype, device=x.device) + 0.5) / count * mass[-1]
-    centres = x[torch.searchsorted(mass[1:], share).clamp_max(len(x) - 1)]
+    x, order = torch.sort(values.double(), dim=-1, stable=True)
+    w = torch.ones_like(x) if weights is None else weights.double().gather(-1, order)
+    w = torch.where((w > 0).any(-1, keepdim=True), w, 1)
+    start = x.new_zeros(len(x), 1)
+    mass, moment = torch.cat([start, w.cumsum(-1)], -1), torch.cat([start, (w * x).cumsum(-1)], -1)
+    total, last = mass[:, -1:], x.shape[1]
+    shares = (torch.arange(count, dtype=x.dtype, device=x.device) + 0.5) / count
+    centres = x.gather(-1, torch.searchsorted(mass[:, 1:].contiguous(), total * shares).clamp_max(last - 1))
+    # Rows with few different numbers: the places where a new one begins, the last one repeated.
+    new = torch.cat([torch.ones_like(x[:, :1], dtype=torch.bool), x[:, 1:] != x[:, :-1]], -1)
+    rank = new.cumsum(-1)
+    few = rank[:, -1:] <= count
+    wanted = torch.arange(1, count + 1, device=x.device).expand(len(x), -1)
+    firsts = torch.searchsorted(rank, torch.minimum(wanted, rank[:, -1:]).contiguous())
+    centres = torch.where(few, x.gather(-1, firsts), centres)
+    ends = torch.full((len(x), 1), last, dtype=torch.int64, device=x.device)
     for _ in range(_ROUNDS):
-        cuts = torch.searchsorted(x, (centres[1:] + centres[:-1]) / 2)
-        edges = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), len(x))])
-        held = mass[edges[1:]] - mass[edges[:-1]]
-        sums = moment[edges[1:]] - moment[edges[:-1]]
+        cuts = torch.searchsorted(x, (centres[:, 1:] + centres[:, :-1]) / 2)
+        edges = torch.cat([torch.zeros_like(ends), cuts, ends], -1)
+        held, sums = (t.gather(-1, edges).diff(dim=-1) for t in (mass, moment))
         # (A centre that has lost its numbers stays where it is; running sums of tiny weights may cancel to nothing.)
-        moved = torch.where(held > 1e-12 * mass[-1], sums / torch.where(held > 0, held, 1), centres)
-        moved = torch.sort(moved).values
+        moved = torch.where((held > 1e-12 * total) & ~few, sums / torch.where(held > 0, held, 1), centres)
+        moved = torch.sort(moved, -1).values
         if bool((moved == centres).all()):
             break
         centres = moved
@@ -127,14 +129,18 @@ class KMeans(NamedForm):
         if stats is not None and stats.gram is not None:
             importance = stats.gram.diagonal().to(weight.device).clamp_min(0).repeat(rows)
         tables, codes = [], []
-        for start in range(0, m, rows):
-            part = wide[start : start + rows]
-            table = cluster_values(part.reshape(-1), importance, 2**self.bits).to(wide.dtype)
-            tables.append(table)
-            codes.append(nearest_codes(part, table).to(torch.uint8))
+        # So many tables at once that temporaries stay small.
+        step = max(1, _SLAB // (rows * n)) * rows
+        for start in range(0, m, step):
+            part = wide[start : start + step].reshape(-1, rows * n)
+            each = None if importance is None else importance.expand(len(part), -1)
+            found = cluster_values(part, each, 2**self.bits).to(wide.dtype)
+            tables.append(found)
+            between = ((found[:, 1:] + found[:, :-1]) / 2).contiguous()
+            codes.append(torch.searchsorted(between, part.contiguous()).to(torch.uint8).reshape(-1, n))
         return Codebook(
             pack_codes(torch.cat(codes), self.bits),
-            torch.stack(tables).reshape(-1, 1, 2**self.bits, 1),
+            torch.cat(tables).reshape(-1, 1, 2**self.bits, 1),
             None,
             None,
             None,
