@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recast.lowering.inline import Choose, Emit
 from recast.passes.forms.algebra import Product, RowStack, Sum
+from recast.passes.forms.column_sparse import ColumnSparse
 from recast.passes.forms.operator import Cost, Operator
 
 __all__ = ["Leaf", "Packed", "Run", "chooser", "pack", "plain"]
@@ -100,11 +101,11 @@ def _apply(operator: Operator, x: Tensor) -> Tensor:
 
 
 def pack(operator: Operator, leaf: Leaf, fallback: str) -> Packed:
-    """Lay an operator out, part by part where it is a product, a sum or a stack of rows."""
+    """Lay an operator out, part by part where it is a product, a sum, a stack of rows or a choice of columns."""
     found = leaf(operator)
     if found is not None:
         return found
-    if isinstance(operator, Product | Sum | RowStack) and operator.children():
+    if isinstance(operator, Product | Sum | RowStack | ColumnSparse) and operator.children():
         return _tree(operator, leaf, fallback)
     return plain(operator, fallback)
 
@@ -118,9 +119,10 @@ def plain(operator: Operator, kernel: str) -> Packed:
     return Packed(operator, kernel, operator.tensors(), run)
 
 
-def _tree(operator: Product | Sum | RowStack, leaf: Leaf, fallback: str) -> Packed:
+def _tree(operator: Product | Sum | RowStack | ColumnSparse, leaf: Leaf, fallback: str) -> Packed:
     children = {name: pack(child, leaf, fallback) for name, child in operator.children().items()}
     held = {f"{name}.{key}": tensor for name, child in children.items() for key, tensor in child.held.items()}
+    held.update(operator.own_tensors())
 
     def part(name: str, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         child = children[name]
@@ -129,6 +131,8 @@ def _tree(operator: Product | Sum | RowStack, leaf: Leaf, fallback: str) -> Pack
     def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         if isinstance(operator, Product):
             return part("left", tensors, part("right", tensors, x))
+        if isinstance(operator, ColumnSparse):
+            return part("values", tensors, torch.index_select(x, -1, tensors["columns"]))
         parts = [part(name, tensors, x) for name in children]
         if isinstance(operator, RowStack):
             return torch.cat(parts, -1)

@@ -12,6 +12,7 @@ from recast.lowering.onnx.integer import rounding_product
 from recast.lowering.onnx.weights import dequantized, four_bit
 from recast.lowering.packed import Packed, chooser, plain
 from recast.passes.forms.block_diagonal import BlockDiagonal
+from recast.passes.forms.column_sparse import ColumnSparse
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.quantized import Quantized
 from recast.passes.forms.sparse import Sparse
@@ -39,7 +40,7 @@ def _leaf(operator: Operator, accuracy_level: int) -> Packed | None:
         return Packed(operator, "MatMul", {"weight": operator.weight.t().contiguous()}, _matmul)
     if isinstance(operator, Quantized):
         return _quantized(operator, accuracy_level)
-    if isinstance(operator, Sparse):
+    if isinstance(operator, Sparse) and not isinstance(operator, ColumnSparse):
         # ONNX Runtime has no product with packed sparse weights: zeros are written out, in memory and in the file.
         return Packed(
             operator, "MatMul (sparse, written out)", {"weight": operator.to_dense().t().contiguous()}, _matmul

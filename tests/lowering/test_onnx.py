@@ -101,6 +101,22 @@ def test_activations_are_rounded_once_for_all_products_of_the_same_x() -> None:
     assert "Add" not in kinds  # biases are added by the products
 
 
+def test_large_inputs_are_gathered_and_the_rest_multiplied_as_integers() -> None:
+    model = nn.Linear(IN, OUT)
+    x = torch.randn(4, 7, IN).clamp(-5, 5)
+    x[..., 5] = 40.0
+    program = recast.capture(model.eval(), (x,))
+    calibration = recast.calibrate(program, [(x,)])
+    decided = recast.plan(program, "llm_int8", calibration=calibration)
+    after = recast.rewrite(program, decided, calibration=calibration, cache=OperatorCache(None), pictures=False)
+    artifact = recast.lower(after, target="onnx")
+    assert "MatMulIntegerToFloat" in next(iter(artifact.lowering.kernels(after).values()))
+    found, expected = artifact(x), no_grad(after, x)
+    # A code more or less of a rounded input at most; the large one is not rounded.
+    assert float((found - expected).abs().max()) <= 10 / 255 * float(model.weight.detach().abs().max())
+    assert float((found - no_grad(program, x)).norm()) < 0.02 * float((found - no_grad(program, 0 * x)).norm())
+
+
 def test_codes_that_would_saturate_take_the_wide_kernel() -> None:
     fits = torch.tensor([[64, 64, -64, -64, 127, -128, 1]], dtype=torch.int8)
     assert pairs_fit(fits)
