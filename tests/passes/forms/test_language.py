@@ -113,7 +113,7 @@ def test_python_operators_build_what_the_text_says() -> None:
         ("int4(32, group=32)", "32", "given twice"),
         ("int4(group=1, group=2)", "group=2", "given twice"),
         ("int4(group=32, true)", "true", "cannot follow a named one"),
-        ("int4(1, true, 3)", "3", "takes 2 unnamed"),
+        ("block_diagonal(1, 3)", "3", "takes 1 unnamed"),
         ("block_diagonal", "block_diagonal", "block_diagonal(blocks=...) would work"),
         ("int8 | low_rank(4)", "int8 | low_rank(4)", "leaves no dense factor"),
         ("low_rank(4) | dense", "dense", "would leave every factor as it is"),
