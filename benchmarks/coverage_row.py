@@ -26,7 +26,7 @@ def examine(name: str, sizes: str = "free") -> dict[str, Any]:
     zoo = load()
     from tests.zoo.compare import compare
 
-    family = next(f for f, members in zoo.families().items() if name in members)
+    family = next((f for f, members in zoo.families().items() if name in members), "other")
     row: dict[str, Any] = {"name": name, "family": family, "seconds": {}}
     try:
         model, args, kwargs = timed(row, "build", lambda: zoo.build(name))

@@ -156,6 +156,10 @@ def _first_that_works(model: nn.Module, examples: list[_Example]) -> tuple[torch
             if switches.outputs not in always and ("pytree-flattenable" in told or "register a pytree" in told):
                 always.append(switches.outputs)
                 plan.insert(0, attempt)
+            elif switches.experts in always and "BF16" in told:
+                # Grouped products of float32, which transformers 5.0 gives to an operation that takes bfloat16 alone.
+                always[always.index(switches.experts)] = switches.gathered_experts
+                plan.insert(0, attempt)
             elif "DataDependent" in told and not values:
                 values = True  # fixed sizes do not help against values
                 loops = (*patched, switches.every_expert)

@@ -29,6 +29,7 @@ __all__ = [
     "experts",
     "experts_configs",
     "export_patches",
+    "gathered_experts",
     "is_transformers",
     "known_outputs",
     "outputs",
@@ -106,6 +107,11 @@ def experts(
     with _set([(c, internal if internal in vars(c) else "_experts_implementation", wanted) for c in changed]):
         said = f"captured with experts as '{wanted}': '{', '.join(sorted(before))}', as the model has them, cannot be traced"
         yield [said] if changed else []
+
+
+def gathered_experts(model: nn.Module) -> contextlib.AbstractContextManager[list[str]]:
+    """Run the experts of a mixture as batched products of gathered matrices, where grouped ones cannot be traced either."""
+    return experts(model, "batched_mm", (None, "eager", "grouped_mm"))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ hidden 96 (48 in an expert), 4 experts of which 2 are visited, 160 tokens.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from typing import Any
 
@@ -136,7 +137,7 @@ def shrink(config: Any, changes: dict[str, Any] | None = None, *, nested: bool =
     changes = dict(changes or {})
     cls = type(config)
     canonical = {theirs: ours for ours, theirs in getattr(cls, "attribute_map", {}).items()}
-    fields = [f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")]
+    fields = _fields(cls)
     given: dict[str, Any] = _own_values(config, fields) if nested else {}
     staged = _staged(config, fields)
     chosen = [] if staged else _chosen_layers(config, fields)
@@ -204,7 +205,26 @@ def read(config: Any, name: str) -> Any:
 
 
 def _is_config(value: Any) -> bool:
-    return hasattr(value, "to_diff_dict") and dataclasses.is_dataclass(value)
+    return hasattr(value, "to_diff_dict") and hasattr(value, "model_type")
+
+
+def _fields(cls: Any) -> list[str]:
+    """What a configuration is made of: its fields, or, in releases where it is no dataclass, what its class and parents take."""
+    if dataclasses.is_dataclass(cls):
+        return [f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")]
+    found: dict[str, None] = {}
+    for base in cls.__mro__:
+        if "model_type" not in vars(base) or base.__name__ in ("PreTrainedConfig", "PretrainedConfig"):
+            break
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            found |= dict.fromkeys(p.name for p in parameters if p.name != "self" and p.kind not in _VARIADIC)
+            if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
+                break
+    return list(found)
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _own_values(config: Any, fields: list[str]) -> dict[str, Any]:
