@@ -109,7 +109,7 @@ def run_demo(
         raise ArtifactError(f"demo: '{out}' exists and is no former demo; pass --force to replace it, or another --out")
     folder = model_directory()
     say(
-        f"loading {folder.parent.name}; {len(recipes)} recipes on {len(targets)} targets, about four minutes on two cores"
+        f"loading {folder.parent.name}; {len(recipes)} recipes on {len(targets)} targets, about five minutes on two cores"
     )
     model = load_model(str(folder))
     calibration_text, evaluation_text = sentences()
