@@ -53,9 +53,13 @@ def recognise(
     if only is not None:
         return _recognise(program, constants or Constants(program), sorted(only, key=lambda rule: rule.order))
     tried = rules()
-    return remembered(
-        program, ("structures", *tried), lambda: _recognise(program, constants or Constants(program), tried)
+    # By identity: hashing a rule goes through all of its patterns, again and again where they share some, which took longer
+    # than recognising a small model. The rules are kept with the answer, so that no other can take their place in memory.
+    question = ("structures", *map(id, tried))
+    _, found = remembered(
+        program, question, lambda: (tried, _recognise(program, constants or Constants(program), tried))
     )
+    return found
 
 
 def _recognise(program: Program, constants: Constants, tried: Sequence[Rule]) -> Recognition:

@@ -329,7 +329,7 @@ def explain(
         console.print(part)
 
 
-@app.command(epilog="Example: [bold]recast replay /tmp/recast-verification-k3x9[/bold]")
+@app.command(epilog="Example: [bold]recast replay recast-verification-k3x9[/bold]")
 def replay(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="What a failed verification wrote.", show_default=False)
