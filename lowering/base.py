@@ -28,11 +28,14 @@ class Lowering(abc.ABC):
         One line for the command line.
     stores_program
         Whether a saved artifact holds the program itself (weights and graph), or only the lowering's own files.
+    compiles
+        Whether the first call of an artifact compiles, with a cache on disk that spares other processes the time.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     stores_program: ClassVar[bool] = True
+    compiles: ClassVar[bool] = False
     known: ClassVar[dict[str, type[Lowering]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = ["Choose", "Emit", "inline_operators"]
 # Runs an operator on x; its tensors are those of the operator handed over (fake while tracing).
 Emit = Callable[[Operator, Tensor], Tensor]
 # Kernel of an operator: a name for the report, the operator as the kernel wants it (repacked, say), and what runs it.
+# What it emits may depend on the kernel's name, on the operator's fields and on shapes and dtypes of tensors, not on values.
 Choose = Callable[[Operator], tuple[str, Operator, Emit]]
 
 
@@ -45,17 +47,25 @@ def inline_operators(program: Program, choose: Choose) -> tuple[Program, dict[st
     graph = result.graph
     mode = fake_mode_of(result)
     kernels: dict[str, str] = {}
-    chosen: dict[str, tuple[Operator, Emit]] = {}
+    chosen: dict[str, tuple[str, Operator, Emit]] = {}
+    emitted: dict[Hashable, _Emitted] = {}
     for node in [n for n in graph.nodes if n.op == "call_module"]:
         path = str(node.target)
         module = result.module.get_submodule(path)
         assert isinstance(module, OperatorModule)
         if path not in chosen:
             with _disable_current_modes(), torch.no_grad():
-                kernels[module.site], operator, emit = choose(module.operator)
-            chosen[path] = (operator, emit)
-        _inline(result, node, module, *chosen[path], mode)
-    for path, (operator, _) in chosen.items():
+                chosen[path] = choose(module.operator)
+            kernels[module.site] = chosen[path][0]
+        kernel, operator, emit = chosen[path]
+        held = _held(operator, path, module.order)
+        operands = [argument.meta["val"] for argument in node.args if isinstance(argument, fx.Node)]
+        # Layers repeat: what was emitted for one is copied for its likes.
+        alike = (kernel, _structure(module.operator), *map(_layout, [*operands, *held.values()]), module.order is None)
+        if alike not in emitted:
+            emitted[alike] = _emit(module, operator, emit, operands, list(held.values()), mode)
+        _insert(result, node, emitted[alike], list(held))
+    for path, (_, operator, _) in chosen.items():
         module = result.module.get_submodule(path)
         assert isinstance(module, OperatorModule)
         order = module.order
@@ -73,10 +83,31 @@ def _held(operator: Operator, path: str, order: Tensor | None) -> dict[str, Tens
     return found if order is None else {**found, f"{path}.order": order}
 
 
-def _inline(program: Program, node: fx.Node, module: OperatorModule, operator: Operator, emit: Emit, mode: Any) -> None:
-    path = str(node.target)
-    held = _held(operator, path, module.order)
-    has_bias = len(node.args) > 1
+def _structure(operator: Operator) -> Hashable:
+    """Everything an operator is, besides its tensors."""
+    children = tuple((name, _structure(child)) for name, child in operator.children().items())
+    return type(operator), repr(sorted(operator.fields().items())), children
+
+
+def _layout(tensor: Tensor) -> Hashable:
+    def text(sizes: Sequence[Any]) -> tuple[Hashable, ...]:
+        return tuple(size if isinstance(size, int) else size.node.expr for size in sizes)
+
+    return text(tensor.shape), text(tensor.stride()), tensor.dtype, tensor.device
+
+
+@dataclass
+class _Emitted:
+    """What runs an operator, as a graph over x, the bias if there is one, and the held tensors."""
+
+    graph: fx.Graph
+    held: list[Tensor]
+
+
+def _emit(
+    module: OperatorModule, operator: Operator, emit: Emit, operands: list[Tensor], held: list[Tensor], mode: Any
+) -> _Emitted:
+    has_bias = len(operands) > 1
 
     def run(x: Tensor, *rest: Tensor) -> Tensor:
         bias, tensors = (rest[0], rest[1:]) if has_bias else (None, rest)
@@ -86,29 +117,30 @@ def _inline(program: Program, node: fx.Node, module: OperatorModule, operator: O
         return y if bias is None else y + bias
 
     with _disable_current_modes():
-        fakes = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in held.values()]
-    operands = [argument.meta["val"] for argument in node.args if isinstance(argument, fx.Node)]
+        fakes = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in held]
     with torch.no_grad():
         traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*operands, *fakes)
     traced.graph.eliminate_dead_code()  # questions about dtypes, asked while tracing, are recorded too
+    if traced.graph.find_nodes(op="get_attr"):
+        raise TypeError(f"kernel of '{module.site}' closes over a tensor; it must take all tensors from its operator")
+    return _Emitted(traced.graph, fakes)
+
+
+def _insert(program: Program, node: fx.Node, emitted: _Emitted, held: list[str]) -> None:
+    """Put a copy of what was emitted in the place of a node; `held` are the paths its tensors will have."""
     graph = program.graph
-    environment: dict[fx.Node, Any] = {}
-    placeholders = traced.graph.find_nodes(op="placeholder")
-    environment.update(zip(placeholders, node.args, strict=False))
+    placeholders = emitted.graph.find_nodes(op="placeholder")
+    environment: dict[fx.Node, Any] = dict(zip(placeholders, node.args, strict=False))
     with graph.inserting_before(node):
-        for inner, name, fake in zip(placeholders[len(node.args) :], held, fakes, strict=True):
-            environment[inner] = graph.create_node("get_attr", name)  # get_attr() would warn: the buffer comes below
+        for inner, name, fake in zip(placeholders[len(node.args) :], held, emitted.held, strict=True):
+            environment[inner] = graph.create_node("get_attr", name)  # get_attr() would warn: the buffer comes later
             environment[inner].meta["val"] = fake
-        for inner in traced.graph.nodes:
+        for inner in emitted.graph.nodes:
             if inner.op == "call_function":
                 environment[inner] = graph.node_copy(inner, lambda n: environment[n])
                 for key in ("stack_trace", "nn_module_stack"):
                     if key in node.meta:
                         environment[inner].meta[key] = node.meta[key]
-            elif inner.op == "get_attr":
-                raise TypeError(
-                    f"kernel of '{module.site}' closes over a tensor; it must take all tensors from its operator"
-                )
             elif inner.op == "output":
                 result = environment[inner.args[0]]
     node.replace_all_uses_with(result)

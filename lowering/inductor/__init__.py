@@ -8,7 +8,7 @@ import torch
 
 from recast.lowering.base import Lowering, Runner
 from recast.lowering.inductor.compile import compile_program
-from recast.lowering.inductor.kernels import choose
+from recast.lowering.inductor.kernels import choose, choose_frozen
 from recast.lowering.inline import inline_operators
 from recast.patterns.program import Program
 
@@ -29,6 +29,7 @@ class Inductor(Lowering):
 
     name: ClassVar[str] = "inductor"
     summary: ClassVar[str] = "torch.compile with Inductor (CPU and CUDA)"
+    compiles: ClassVar[bool] = True
 
     def __init__(self, freezing: bool = True, options: dict[str, Any] | None = None) -> None:
         self.freezing, self.options = freezing, dict(options or {})
@@ -36,7 +37,7 @@ class Inductor(Lowering):
 
     def prepare(self, program: Program) -> Runner:
         """Compile on first call for each set of shapes that needs its own code; sizes that were dynamic stay so."""
-        inlined, self._kernels = inline_operators(program, choose)
+        inlined, self._kernels = inline_operators(program, choose_frozen if self.freezing else choose)
         compiled = compile_program(inlined, self._kernels, freezing=self.freezing, options=self.options)
 
         def run(leaves: list[Any]) -> list[Any]:

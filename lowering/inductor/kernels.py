@@ -1,8 +1,9 @@
 """Which kernel runs which operator under Inductor.
 
 On a CPU the int8 product goes to oneDNN (`recast::int8_matmul`), with rounding and scaling around it left to Inductor, which
-fuses them with their neighbours. Everything else is plain ATen: with freezing, Inductor folds the dequantization of weights
-into constants laid out for oneDNN, so weight-only forms run at the speed of dense ones and save bytes on disk only.
+fuses them with their neighbours. Everything else is plain ATen. With freezing, Inductor would fold the unpacking of weights
+into constants laid out for oneDNN; they are unpacked here instead, which gives the same and spares it the tracing and compiling.
+So weight-only forms run at the speed of dense ones and save bytes on disk only.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from torch import Tensor
 from recast.kernels.quantized_matmul.ops import int8_matmul, largest_exact_code
 from recast.kernels.quantized_matmul.reference import quantize_tokens
 from recast.lowering.packed import Packed, chooser, plain
+from recast.passes.forms.codebook import Codebook
 from recast.passes.forms.column_sparse import ColumnSparse
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.quantized import Quantized
 from recast.passes.forms.sparse import Sparse
 
-__all__ = ["INTEGER", "choose"]
+__all__ = ["INTEGER", "choose", "choose_frozen"]
 
 INTEGER = "onednn int8"
 SATURATES = "aten, rounded in float: this CPU's int8 product would saturate"
 WRITTEN_OUT = "aten (sparse, written out)"
+UNPACKED = "aten (unpacked once)"
 
 
 def _linear(held: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -59,4 +62,13 @@ def _leaf(operator: Operator) -> Packed | None:
     return Packed(operator, INTEGER, held, run)
 
 
+def _frozen_leaf(operator: Operator) -> Packed | None:
+    """For weights that are constants of what is compiled."""
+    stored = isinstance(operator, Codebook) or (isinstance(operator, Quantized) and not operator.activations)
+    if stored and all(tensor.device.type == "cpu" for tensor in operator.tensors().values()):
+        return Packed(operator, UNPACKED, {"weight": operator.to_dense().contiguous()}, _linear)
+    return _leaf(operator)
+
+
 choose = chooser(_leaf, "aten")
+choose_frozen = chooser(_frozen_leaf, "aten")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from recast.lowering.onnx.decomposed import Decomposed
 from recast.lowering.onnx.session import needed
 from recast.patterns.errors import TargetError
 from recast.patterns.linear.packing import size_hint
@@ -111,14 +112,21 @@ def export(program: Program, sites: Mapping[str, str], opset: int) -> Any:
             exported = torch.export.export(
                 flat, tuple(_example(n.meta["val"]) for n in nodes), dynamic_shapes=(tuple(free),), strict=False
             )
-            made = torch.onnx.export(
-                exported,
-                dynamo=True,
-                opset_version=opset,
-                verbose=False,
-                input_names=[str(names[i]) for i in positions],
-                output_names=[str(kinds[i][1]) for i in results],
-            )
+
+            def translate(exported: torch.export.ExportedProgram) -> Any:
+                return torch.onnx.export(
+                    exported,
+                    dynamo=True,
+                    opset_version=opset,
+                    verbose=False,
+                    input_names=[str(names[i]) for i in positions],
+                    output_names=[str(kinds[i][1]) for i in results],
+                )
+
+            try:
+                made = translate(Decomposed.of(exported))
+            except torch.onnx.OnnxExporterError:  # an operation that has to be decomposed, after all
+                made = translate(exported)
     except Exception as error:  # torch raises many classes here; all mean the same
         raise TargetError(f"target 'onnx': {program.label} cannot be exported: {_reason(error)}") from error
     assert made is not None

@@ -70,14 +70,19 @@ class Agreement:
 
 
 def interleaved(
-    runs: Mapping[str, Run], batch: Mapping[str, Tensor], *, rounds: int, progress: bool | None = None
+    runs: Mapping[str, Run],
+    batch: Mapping[str, Tensor],
+    *,
+    rounds: int,
+    progress: bool | None = None,
+    warm: bool = False,
 ) -> dict[str, float]:
     """Median milliseconds of each contestant on one batch, taken in turns, so that all see the same machine.
 
     Parameters
     ----------
     runs
-        What to time, by name; each is run twice before, which compiles what compiles.
+        What to time, by name; each is run twice before, which compiles what compiles, unless `warm`.
     batch
         Inputs.
     rounds
@@ -85,7 +90,7 @@ def interleaved(
     progress
         Show a progress bar; by default on a terminal.
     """
-    for run in track(list(runs.values()), "warming up", progress):
+    for run in track([] if warm else list(runs.values()), "warming up", progress):
         run(batch)
         run(batch)
     seconds: dict[str, list[float]] = {name: [] for name in runs}

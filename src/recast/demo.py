@@ -111,28 +111,30 @@ def run_demo(
     say(
         f"loading {folder.parent.name}; {len(recipes)} recipes on {len(targets)} targets, about five minutes on two cores"
     )
-    model = load_model(str(folder))
-    calibration_text, evaluation_text = sentences()
-    calibration = _tokens(spread(calibration_text, CALIBRATION), model, 32)
-    evaluation = _tokens(spread(evaluation_text, max(EVALUATION, batch)), model, batch)
-    assert model.module is not None  # a Hugging Face directory has one
-    encoder = Encoder(model.module).eval()
-    program = capture(encoder, (), dict(evaluation[0]))
-    program.label = "MiniLM-L6"
-    with torch.no_grad():
-        reference = [encoder(**inputs) for inputs in evaluation]
-    statistics = calibrate(program, calibration)
+    with writing_folder(out, force=True) as temporary, Beside() as beside:
+        if any(lowering_named(t).compiles or not lowering_named(t).stores_program for t in targets):
+            beside.start()
+        model = load_model(str(folder))
+        calibration_text, evaluation_text = sentences()
+        calibration = _tokens(spread(calibration_text, CALIBRATION), model, 32)
+        evaluation = _tokens(spread(evaluation_text, max(EVALUATION, batch)), model, batch)
+        assert model.module is not None  # a Hugging Face directory has one
+        encoder = Encoder(model.module).eval()
+        program = capture(encoder, (), dict(evaluation[0]))
+        program.label = "MiniLM-L6"
+        with torch.no_grad():
+            reference = [encoder(**inputs) for inputs in evaluation]
+        statistics = calibrate(program, calibration)
 
-    def judge(contestant: _Contestant) -> None:
-        _judge(contestant, evaluation, reference)
+        def judge(contestant: _Contestant) -> None:
+            _judge(contestant, evaluation, reference)
 
-    with writing_folder(out, force=True) as temporary:
-        with Beside() as beside:
-            contestants, reports = _prepare(program, statistics, recipes, targets, temporary, beside, judge, say)
-            waiting = [c for c in contestants if c.artifact is None and "error" not in c.row]
-            for contestant in waiting:
-                if _fetched(contestant, beside):
-                    judge(contestant)
+        contestants, reports = _prepare(
+            program, statistics, recipes, targets, temporary, beside, judge, evaluation[0], say
+        )
+        for contestant in [c for c in contestants if c.artifact is None and "error" not in c.row]:
+            if _fetched(contestant, beside):
+                judge(contestant)
         rows = [c.row for c in contestants]
         contestants = [c for c in contestants if c.artifact is not None and "error" not in c.row]
         for name, report in reports.items():
@@ -140,7 +142,8 @@ def run_demo(
             reports[name] = _merged(report, made) if made else report
         say("timing")
         by_key = {f"{c.name}/{c.target}": c for c in contestants}
-        times = interleaved({key: c.run for key, c in by_key.items()}, evaluation[0], rounds=rounds)
+        # Judging has run each of them several times.
+        times = interleaved({key: c.run for key, c in by_key.items()}, evaluation[0], rounds=rounds, warm=True)
         for key, milliseconds in times.items():
             by_key[key].row["milliseconds"] = milliseconds
         tables = sum(
@@ -174,45 +177,64 @@ def _prepare(
     folder: Path,
     beside: Beside,
     judge: Callable[[_Contestant], None],
+    inputs: Mapping[str, Tensor],
     say: Callable[[str], None],
 ) -> tuple[list[_Contestant], dict[str, Report]]:
-    """Rewrite by every recipe, lower to every target, and judge.
+    """Rewrite by every recipe, lower to every target, and judge what is lowered here.
 
-    Targets whose files are all that is needed are made in another process, while this one compiles for the others: rewriting
-    uses all cores, both kinds of lowering one.
+    Rewriting uses all cores, so it comes first. Lowering uses one: targets whose files are all that is needed are made in
+    another process, which then compiles for the others from the last recipe on, while this one does from the first on.
     """
     cache = OperatorCache.default()
     contestants: list[_Contestant] = []
     reports: dict[str, Report] = {}
     absent: set[str] = set()
+    programs: dict[str, Program] = {}
     for name, recipe in recipes.items():
         say(f"rewriting: {name}")
-        rewritten = program.copy()
+        programs[name] = program.copy()
         if recipe:
-            rewritten = rewrite(program, plan(program, Recipe.of(recipe), statistics, cache=cache), cache=cache)
-            reports[name] = rewritten.report
-        made: list[_Contestant] = []
+            programs[name] = rewrite(program, plan(program, Recipe.of(recipe), statistics, cache=cache), cache=cache)
+            reports[name] = programs[name].report
+    handed: dict[str, Path] = {}
+
+    def program_of(name: str) -> Path:
+        if name not in handed:
+            handed[name] = beside.hand(programs[name])
+        return handed[name]
+
+    jobs: list[tuple[_Contestant, Program]] = []
+    for name, rewritten in programs.items():
         for target in (t for t in targets if t not in absent):
             row: dict[str, Any] = {"name": name, "target": target, "bytes": None, "milliseconds": None, "fidelity": {}}
-            made.append(_Contestant(name, target, folder / "artifacts" / _slug(name) / target, row))
-        for contestant in sorted(made, key=lambda c: lowering_named(c.target).stores_program):
-            kind = lowering_named(contestant.target)
+            contestant = _Contestant(name, target, folder / "artifacts" / _slug(name) / target, row)
+            contestants.append(contestant)
+            kind = lowering_named(target)
             try:
                 kind.installed()
-                if not kind.stores_program:
-                    beside.lower(rewritten, contestant.target, contestant.place)
-                    continue
-                say(f"compiling: {name}")
-                contestant.artifact = lower(rewritten, contestant.target)
-                contestant.artifact.save(contestant.place)
             except TargetError as error:
-                contestant.row["error"] = str(error).splitlines()[0]
-                if name == next(iter(recipes)):
-                    absent.add(contestant.target)
+                row["error"] = str(error).splitlines()[0]
+                absent.add(target)
                 continue
-            _describe(contestant)
-            judge(contestant)
-        contestants += made
+            if kind.stores_program:
+                jobs.append((contestant, rewritten))
+            else:
+                beside.lower(program_of(name), target, contestant.place)
+    for contestant, _ in reversed(jobs):
+        if lowering_named(contestant.target).compiles:
+            beside.compile(program_of(contestant.name), contestant.target, contestant.place, inputs)
+    for contestant, rewritten in jobs:
+        if lowering_named(contestant.target).compiles and not beside.claim(contestant.place):
+            continue
+        say(f"compiling: {contestant.name}")
+        try:
+            contestant.artifact = lower(rewritten, contestant.target)
+            contestant.artifact.save(contestant.place)
+        except TargetError as error:
+            contestant.row["error"] = str(error).splitlines()[0]
+            continue
+        _describe(contestant)
+        judge(contestant)
     order = {target: i for i, target in enumerate(targets)}
     return sorted(contestants, key=lambda c: order[c.target]), reports
 

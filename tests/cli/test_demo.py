@@ -82,16 +82,22 @@ def test_artifacts_made_in_a_second_process_are_those_of_this_one(
 def test_a_second_process_that_ends_early_is_told_of(tmp_path: Path) -> None:
     program = recast.capture(torch.nn.Linear(8, 4).eval(), (torch.randn(3, 8),))
     with Beside() as beside:
-        beside.lower(program, "onnx", tmp_path / "made")
+        beside.lower(beside.hand(program), "onnx", tmp_path / "made")
         assert beside.process is not None
         beside.process.kill()
         with pytest.raises(TargetError, match="ended early"):
             beside.wait(tmp_path / "made")
     with Beside() as beside:
-        beside.lower(program, "nothing", tmp_path / "made")
+        source = beside.hand(program)
+        beside.lower(source, "nothing", tmp_path / "made")
         with pytest.raises(TargetError, match="there is no target 'nothing'"):
             beside.wait(tmp_path / "made")
-    assert not list(tmp_path.iterdir())
+        # What both may do is done once: by whoever claims it first.
+        beside.compile(source, "eager", tmp_path / "eager", {"input": torch.randn(3, 8)})
+        beside.wait(tmp_path / "eager")
+        assert not beside.claim(tmp_path / "eager")
+        assert recast.load(tmp_path / "eager").report is not None
+    assert [p.name for p in tmp_path.iterdir()] == ["eager"]
 
 
 def test_sentences_are_prose_and_disjoint() -> None:
