@@ -26,6 +26,7 @@ __all__ = [
     "packed_bytes",
     "quantize",
     "quantize_tokens",
+    "rounded",
     "spread",
     "unpack_codes",
     "unpack_int4",
@@ -155,6 +156,15 @@ def quantize(
     -------
     int8 (m, n), or below eight bits what `pack_codes` gives.
     """
+    codes = _codes(weight, scale, zero, bits, group, reduce_range)
+    if bits == 8:
+        return codes.to(torch.int8)
+    return pack_codes(codes + 2 ** (bits - 1) if zero is None else codes, bits)
+
+
+def _codes(
+    weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int | None, reduce_range: bool
+) -> Tensor:
     n = weight.shape[1]
     low, high = code_range(bits, zero is None, reduce_range)
     each = spread(scale, n, group)
@@ -162,10 +172,29 @@ def quantize(
     codes = torch.round(weight.to(scale.dtype) / torch.where(each == 0, 1, each))
     if zero is not None:
         codes = codes + spread(zero, n, group).to(codes.dtype)
-    codes = codes.clamp(low, high)
-    if bits == 8:
-        return codes.to(torch.int8)
-    return pack_codes(codes + 2 ** (bits - 1) if zero is None else codes, bits)
+    return codes.clamp(low, high)
+
+
+def rounded(
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    bits: int,
+    group: int | None,
+    reduce_range: bool = False,
+) -> Tensor:
+    """What `dequantize` gives of what `quantize` gives, without packing codes in between.
+
+    Examples
+    --------
+    >>> rounded(torch.tensor([[1.1, -2.3]]), torch.tensor([[0.5]]), None, bits=8, group=None)
+    tensor([[ 1.0000, -2.5000]])
+    """
+    codes = _codes(weight, scale, zero, bits, group, reduce_range)
+    if zero is not None:
+        codes = codes - spread(zero, weight.shape[1], group).to(scale.dtype)
+    return codes * spread(scale, weight.shape[1], group)
 
 
 def dequantize(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -188,10 +188,10 @@ def fit_quantized(
         rows = weight[start : start + step]
         # The scales are at least float32, whatever the weight is.
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        scale, zero = _scales(rows, bits, group, symmetric, None, reduce_range)
-        if importance is not None:
-            other = _scales(rows, bits, group, symmetric, importance, reduce_range)
-            scale, zero = _better(rows, gram, bits, group, (scale, zero), other, reduce_range)
+        weightings = [None] if importance is None else [None, importance]
+        (scale, zero), *other = _scales(rows, bits, group, symmetric, weightings, reduce_range)
+        if other:
+            scale, zero = _better(rows, gram, bits, group, (scale, zero), other[0], reduce_range)
         values = reference.quantize(rows, scale, zero, bits=bits, group=group, reduce_range=reduce_range)
         parts.append((values, scale, zero))
     values = torch.cat([values for values, _, _ in parts])
@@ -233,7 +233,7 @@ def _compensated(
 
     def choose(start: int, stop: int, columns: Tensor) -> None:
         part = None if importance is None else importance[start:stop]
-        found, offset = _scales(columns, bits, None, zero is None, part, reduce_range)
+        ((found, offset),) = _scales(columns, bits, None, zero is None, [part], reduce_range)
         steps[start // width] = found[:, 0]
         if offset is not None:
             offsets[start // width] = offset[:, 0].to(steps.dtype)
@@ -260,9 +260,17 @@ def _compensated(
 
 
 def _scales(
-    weight: Tensor, bits: int, group: int | None, symmetric: bool, importance: Tensor | None, reduce_range: bool = False
-) -> _Scales:
-    """Choose scale and zero point of each group, (m, groups), for the least (weighted) squared error over clippings."""
+    weight: Tensor,
+    bits: int,
+    group: int | None,
+    symmetric: bool,
+    importances: Sequence[Tensor | None],
+    reduce_range: bool = False,
+) -> list[_Scales]:
+    """Choose scale and zero point of each group, (m, groups), for the least squared error over clippings.
+
+    Once for each weighting of the errors by input; None weighs all the same.
+    """
     m, n = weight.shape
     groups = reference.group_count(n, group)
     width = n if group is None or groups == 1 else group
@@ -277,30 +285,33 @@ def _scales(
     else:
         top, bottom = grouped.amax(-1).clamp_min(0), grouped.amin(-1).clamp_max(0)
         step = (top - bottom) / (high - low)
-    weights = None
-    if importance is not None:
-        weights = torch.nn.functional.pad(importance.to(weight.dtype), (0, extra)).reshape(1, groups, width)
-    best = (step, _zero(bottom, step, low, high, symmetric))
+    plain = (step, _zero(bottom, step, low, high, symmetric))
     if bits == 8 and not reduce_range:
         # Eight bits leave nothing to gain from clipping.
-        return _finish(best, bits)
-    least = torch.full_like(step, torch.inf)
+        return [_finish(plain, bits)] * len(importances)
+    weights = [
+        None if each is None else torch.nn.functional.pad(each.to(weight.dtype), (0, extra)).reshape(groups, width)
+        for each in importances
+    ]
+    best = [plain] * len(weights)
+    least = [torch.full_like(step, torch.inf)] * len(weights)
     for shrink in _SHRINK:
         scale = step * shrink
         zero = _zero(bottom * shrink, scale, low, high, symmetric)
-        safe = torch.where(scale == 0, 1, scale).unsqueeze(-1)
-        codes = torch.round(grouped / safe)
+        codes = torch.round(grouped / torch.where(scale == 0, 1, scale).unsqueeze(-1))
         offset = 0 if zero is None else zero.unsqueeze(-1)
         codes = (codes + offset).clamp_(low, high) - offset
         gap = codes.mul_(scale.unsqueeze(-1)).sub_(grouped).square_()
-        error = gap.sum(-1) if weights is None else (gap * weights).sum(-1)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = (
-            torch.where(better, scale, best[0]),
-            None if zero is None or best[1] is None else torch.where(better, zero, best[1]),
-        )
-    return _finish(best, bits)
+        for i, weighting in enumerate(weights):
+            error = gap.sum(-1) if weighting is None else (gap * weighting).sum(-1)
+            better = error < least[i]
+            least[i] = torch.where(better, error, least[i])
+            old = best[i][1]
+            best[i] = (
+                torch.where(better, scale, best[i][0]),
+                None if zero is None or old is None else torch.where(better, zero, old),
+            )
+    return [_finish(found, bits) for found in best]
 
 
 def _zero(bottom: Tensor, scale: Tensor, low: int, high: int, symmetric: bool) -> Tensor | None:
@@ -326,9 +337,8 @@ def _better(
     """Take, row by row, whichever scales give the smaller error under the Gram matrix."""
     errors = []
     for scale, zero in (first, second):
-        values = reference.quantize(weight, scale, zero, bits=bits, group=group, reduce_range=reduce_range)
-        dense = reference.dequantize(values, scale, zero, bits=bits, group=group, features=weight.shape[1])
-        errors.append(row_errors(weight - dense, gram))
+        found = reference.rounded(weight, scale, zero, bits=bits, group=group, reduce_range=reduce_range)
+        errors.append(row_errors(weight - found, gram))
     take = (errors[1] < errors[0]).unsqueeze(1)
     zero = None if first[1] is None or second[1] is None else torch.where(take, second[1], first[1])
     return torch.where(take, second[0], first[0]), zero
