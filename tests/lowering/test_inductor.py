@@ -35,7 +35,11 @@ def test_compiled_equals_eager_and_loads_bit_identical(program: recast.Program, 
     rewritten = recast.rewrite(program, recast.plan(program, RECIPE))
     eager = recast.lower(rewritten, "eager")
     artifact = recast.lower(rewritten, "inductor")
-    assert [row.kernel for row in artifact.report.rows] == ["onednn int8", "aten (unpacked once)", "aten (unpacked once) + aten"]
+    assert [row.kernel for row in artifact.report.rows] == [
+        "onednn int8",
+        "aten (unpacked once)",
+        "aten (unpacked once) + aten",
+    ]
     with torch.no_grad():
         for tokens in (5, 1, 17):
             x = torch.randn(3, tokens, 63)
