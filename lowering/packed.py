@@ -13,6 +13,7 @@ from torch import Tensor
 from recast.lowering.inline import Choose, Emit
 from recast.passes.forms.algebra import Product, RowStack, Sum
 from recast.passes.forms.column_sparse import ColumnSparse
+from recast.passes.forms.gated import Gated
 from recast.passes.forms.operator import Cost, Operator
 
 __all__ = ["Leaf", "Packed", "Run", "chooser", "pack", "plain"]
@@ -101,11 +102,11 @@ def _apply(operator: Operator, x: Tensor) -> Tensor:
 
 
 def pack(operator: Operator, leaf: Leaf, fallback: str) -> Packed:
-    """Lay an operator out, part by part where it is a product, a sum, a stack of rows or a choice of columns."""
+    """Lay an operator out, part by part where it is a product, a sum, a stack of rows, a choice of columns or a gate."""
     found = leaf(operator)
     if found is not None:
         return found
-    if isinstance(operator, Product | Sum | RowStack | ColumnSparse) and operator.children():
+    if isinstance(operator, Product | Sum | RowStack | ColumnSparse | Gated) and operator.children():
         return _tree(operator, leaf, fallback)
     return plain(operator, fallback)
 
@@ -119,7 +120,7 @@ def plain(operator: Operator, kernel: str) -> Packed:
     return Packed(operator, kernel, operator.tensors(), run)
 
 
-def _tree(operator: Product | Sum | RowStack | ColumnSparse, leaf: Leaf, fallback: str) -> Packed:
+def _tree(operator: Product | Sum | RowStack | ColumnSparse | Gated, leaf: Leaf, fallback: str) -> Packed:
     children = {name: pack(child, leaf, fallback) for name, child in operator.children().items()}
     held = {f"{name}.{key}": tensor for name, child in children.items() for key, tensor in child.held.items()}
     held.update(operator.own_tensors())
@@ -133,6 +134,9 @@ def _tree(operator: Product | Sum | RowStack | ColumnSparse, leaf: Leaf, fallbac
             return part("left", tensors, part("right", tensors, x))
         if isinstance(operator, ColumnSparse):
             return part("values", tensors, torch.index_select(x, -1, tensors["columns"]))
+        if isinstance(operator, Gated):
+            gate = Gated(operator.weight, tensors.get("norms"), operator.kept, operator.threshold)
+            return part("weight", tensors, gate.gate(x))
         parts = [part(name, tensors, x) for name in children]
         if isinstance(operator, RowStack):
             return torch.cat(parts, -1)

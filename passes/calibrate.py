@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from recast.passes.calibration import Calibration
-from recast.passes.forms.stats import Stats
+from recast.passes.forms.stats import SIZES, Stats, sizes_of
 from recast.passes.importance import Importances, Loss
 from recast.passes.progress import track
 from recast.patterns.errors import CalibrationError
@@ -28,6 +28,7 @@ class _Running:
         self.gram = torch.zeros(features, features, dtype=torch.float64)
         self.total = torch.zeros(features, dtype=torch.float64)
         self.absmax = torch.zeros(features, dtype=torch.float64)
+        self.sizes = torch.zeros(SIZES, dtype=torch.int64)
         self.tokens = 0
         self.wanted = sample
         self.kept: list[Tensor] = []
@@ -38,6 +39,7 @@ class _Running:
             wide = chunk.double().cpu()
             self.gram.addmm_(wide.T, wide)
             self.total += wide.sum(0)
+            self.sizes += sizes_of(wide)
             if len(wide):
                 self.absmax = torch.maximum(self.absmax, wide.abs().amax(0))
         # An even sample of each batch, thinned so that all batches stay represented.
@@ -49,7 +51,7 @@ class _Running:
 
     def stats(self) -> Stats:
         sample = _thin(torch.cat(self.kept), self.wanted) if self.kept else None
-        return Stats(self.gram, self.total / max(1, self.tokens), self.absmax, self.tokens, sample)
+        return Stats(self.gram, self.total / max(1, self.tokens), self.absmax, self.tokens, sample, sizes=self.sizes)
 
 
 def _thin(rows: Tensor, count: int) -> Tensor:

@@ -115,7 +115,7 @@ class Calibration:
         counts: dict[str, int] = {}
         for name, stats in self.groups.items():
             counts[name] = stats.tokens
-            for field in ("gram", "mean", "absmax", "sample"):
+            for field in ("gram", "mean", "absmax", "sample", "sizes"):
                 value = getattr(stats, field)
                 if value is not None:
                     tensors[f"{name}/{field}"] = value.contiguous()
@@ -184,6 +184,7 @@ class Calibration:
                 absmax=tensors[f"{name}/absmax"],
                 tokens=count,
                 sample=tensors.get(f"{name}/sample"),
+                sizes=tensors.get(f"{name}/sizes"),
             )
             for name, count in counts.items()
         }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.algebra import Product, Sum
+from recast.passes.forms.gated import Gated, gates
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.quantized import Quantized
 from recast.passes.forms.sparse import Sparse
@@ -22,8 +23,19 @@ def predicted_errors(weight: Tensor, operator: Operator, stats: Stats | None) ->
     The second is ``|(W - W')X| / |WX|`` from the Gram matrix. Where the operator also rounds its input to ``b`` levels a token
     (dynamic quantization), the rounding adds ``step^2 / 12`` a feature, uniform and independent, with the step
     estimated from the sample kept by calibration. What meets a rounding inside a product or a sum is counted too.
+
+    Where inputs are left out token by token (`Gated`), the Gram matrix does not tell what that does: the error is the measured
+    one, on the sample. Without a sample it is what independent normal inputs would lose, of the sizes that the Gram matrix has;
+    without a Gram matrix, of equal sizes, which is given even without statistics.
     """
     weight_error, output_error = relative_error(weight, operator, stats)
+    if gates(operator):
+        measured = measured_errors(weight, operator, stats)
+        if measured is not None:
+            return weight_error, measured
+        if output_error is None or stats is None:
+            stats = Stats.from_gram(torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device))
+            output_error = weight_error
     if output_error is None or stats is None:
         return weight_error, output_error
     noise = _noise(operator, stats, None)
@@ -34,9 +46,14 @@ def predicted_errors(weight: Tensor, operator: Operator, stats: Stats | None) ->
 
 
 def _noise(operator: Operator, stats: Stats, after: Tensor | None) -> float:
-    """Squared error of the output that rounding of inputs adds in an operator, `after` being what its own output meets."""
-    if not rounds(operator):
+    """Squared error of the output that rounding inputs, or leaving some out, adds in an operator.
+
+    `after` is what its own output meets.
+    """
+    if not (rounds(operator) or gates(operator)):
         return 0.0
+    if isinstance(operator, Gated):
+        return operator.dropped(stats, after) + _noise(operator.weight, stats, after)
     if isinstance(operator, Quantized):
         if stats.sample is None:
             return 0.0
@@ -48,10 +65,10 @@ def _noise(operator: Operator, stats: Stats, after: Tensor | None) -> float:
         return float(step.square().mean()) / 12 * stats.tokens * float(reached.square().sum())
     if isinstance(operator, Product):
         noise = 0.0
-        if rounds(operator.right):
+        if rounds(operator.right) or gates(operator.right):
             left = operator.left.to_dense().double()
             noise += _noise(operator.right, stats, left if after is None else after @ left)
-        if rounds(operator.left):
+        if rounds(operator.left) or gates(operator.left):
             noise += _noise(operator.left, stats.through(operator.right), after)
         return noise
     if isinstance(operator, Sum):

@@ -88,5 +88,6 @@ def _part(stats: Stats | None, places: Tensor) -> Stats | None:
         gram=None if stats.gram is None else stats.gram[places][:, places],
         mean=stats.mean[places],
         absmax=stats.absmax[places],
+        sizes=None,
         sample=None if stats.sample is None else stats.sample[:, places],
     )

@@ -55,6 +55,7 @@ def scaled_stats(stats: Stats, factor: Tensor) -> Stats:
         gram=None if stats.gram is None else stats.gram * factor.unsqueeze(1) * factor,
         mean=stats.mean * factor,
         absmax=stats.absmax * factor.abs(),
+        sizes=None,
         sample=None if stats.sample is None else (stats.sample.double() * factor).to(stats.sample.dtype),
     )
 

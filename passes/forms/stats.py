@@ -16,7 +16,11 @@ from recast.patterns.errors import CalibrationError
 if TYPE_CHECKING:
     from recast.passes.forms.operator import Operator
 
-__all__ = ["Stats", "relative_error", "row_errors"]
+__all__ = ["SIZES", "Stats", "relative_error", "row_errors", "sizes_of"]
+
+# Sizes of inputs are counted in bins of a 32nd of an octave, 2^-32 to 2^32; the first holds zeros and what is smaller.
+_OCTAVE, _REACH = 32, 32
+SIZES = 2 * _REACH * _OCTAVE + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,8 @@ class Stats:
         How many vectors were seen.
     sample
         (k, n), some of the vectors themselves, or None.
+    sizes
+        int64 (`SIZES`,), how many of all inputs have a size within each of the bins of `sizes_of`, or None.
     row_importance, column_importance
         (m,) and (n,), sums over the columns and rows of the weight's empirical Fisher information, the mean of squared
         gradients of a loss (arXiv 2207.00112); None unless calibration was given a loss. They are of one weight, not of
@@ -49,6 +55,7 @@ class Stats:
     sample: Tensor | None = None
     row_importance: Tensor | None = None
     column_importance: Tensor | None = None
+    sizes: Tensor | None = None
 
     @classmethod
     def from_inputs(cls, x: Tensor, *, sample: int = 0) -> Stats:
@@ -67,9 +74,10 @@ class Stats:
         if sample:
             step = max(1, vectors.shape[0] // sample)
             kept = vectors[::step][:sample].to(x.dtype if x.dtype.is_floating_point else torch.float32)
-        stats = cls(vectors.T @ vectors, vectors.mean(0), vectors.abs().amax(0), vectors.shape[0], kept)
+        absmax = vectors.abs().amax(0)
+        stats = cls(vectors.T @ vectors, vectors.mean(0), absmax, vectors.shape[0], kept)
         stats.check(vectors.shape[1])
-        return stats
+        return replace(stats, sizes=sizes_of(vectors))
 
     @classmethod
     def from_gram(cls, gram: Tensor, tokens: int = 1) -> Stats:
@@ -77,6 +85,28 @@ class Stats:
         # E[x_i^2] bounds mean_i; absmax is at most the root of the sum of squares.
         top = gram.diagonal().clamp_min(0).sqrt()
         return cls(gram, torch.zeros_like(top), top, tokens)
+
+    def size_at(self, share: float) -> float | None:
+        """Return the size that `share` of all inputs do not exceed, within 2.2 %, or exactly of the sample; None without both.
+
+        Examples
+        --------
+        >>> stats = Stats.from_inputs(torch.linspace(-1, 1, 2001).reshape(3, 667))
+        >>> 0.49 < stats.size_at(0.5) < 0.51
+        True
+        """
+        if self.sizes is not None:
+            reached = self.sizes.cumsum(0)
+            wanted = share * float(reached[-1])
+            at = int((reached < wanted).sum())
+            if at == 0:
+                return 0.0
+            within = (wanted - float(reached[at - 1])) / float(self.sizes[at])
+            return _single(2.0 ** ((at - 1 + within) / _OCTAVE - _REACH))
+        if self.sample is None or self.sample.numel() == 0:
+            return None
+        sizes = self.sample.double().abs().flatten()
+        return _single(float(sizes.kthvalue(max(1, math.ceil(share * sizes.numel()))).values))
 
     def check(self, features: int, where: str | None = None) -> None:
         """Raise CalibrationError unless these are finite statistics of inputs with `features` features."""
@@ -86,6 +116,7 @@ class Stats:
             "absmax": (features,),
             "gram": (features, features),
             "column_importance": (features,),
+            "sizes": (SIZES,),
         }
         if self.row_importance is not None:
             shapes["row_importance"] = (self.row_importance.numel(),)
@@ -123,6 +154,8 @@ class Stats:
             if value is not None:
                 digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if self.sizes is not None:  # statistics of files that lack them keep their digest
+            digest.update(self.sizes.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def through(self, operator: Operator) -> Stats:
@@ -140,7 +173,7 @@ class Stats:
             # Cauchy-Schwarz gives a second bound: no value exceeds the root of the sum of all squares.
             absmax = torch.minimum(absmax, gram.diagonal().clamp_min(0).sqrt())
         mean = matrix @ self.mean.double()
-        return replace(self, gram=gram, mean=mean, absmax=absmax, sample=sample, column_importance=None)
+        return replace(self, gram=gram, mean=mean, absmax=absmax, sample=sample, column_importance=None, sizes=None)
 
     def part(self, features: slice) -> Stats:
         """Return the statistics of some of the features, as one block of a block-diagonal operator sees them."""
@@ -152,6 +185,18 @@ class Stats:
             None if self.sample is None else self.sample[:, features],
             column_importance=None if self.column_importance is None else self.column_importance[features],
         )
+
+
+def sizes_of(x: Tensor) -> Tensor:
+    """Count the sizes ``abs(x)`` of inputs of any shape in bins of equal ratio, int64 (`SIZES`,); counts of parts add up."""
+    sizes = x.detach().abs().double().flatten()
+    bins = (torch.log2(sizes).clamp_(-_REACH - 1, _REACH) + _REACH).mul_(_OCTAVE).floor_()
+    return torch.bincount(bins.add_(1).clamp_(0, SIZES - 1).long(), minlength=SIZES).cpu()
+
+
+def _single(value: float) -> float:
+    """Round to float32, in which inputs are compared with it."""
+    return float(torch.tensor(value, dtype=torch.float32))
 
 
 def row_errors(difference: Tensor, gram: Tensor | None) -> Tensor:

@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from recast.passes.errors_of import measured_errors, predicted_errors
 from recast.passes.forms import Dense, Form, NamedForm, Operator, Quantized, Stats, forms, relative_error
+from recast.passes.forms.gated import Gated, gates, ungated
 from tests.helpers import assert_close
 
 SHAPES = [(63, 60), (60, 63), (577, 64), (1, 37), (24, 48)]
@@ -31,6 +33,8 @@ COMPOSITES = [
     "(low_rank(4) + block_diagonal(3)) | int8",
     "low_rank(9) | (int4 + low_rank(1))",
     "low_rank(energy=0.5) | int8",
+    "wina(0.5) | int4",
+    "low_rank(8) | teal(0.3)",
 ]
 CASES = [
     pytest.param(form, shape, id=f"{form} {shape[0]}x{shape[1]}")
@@ -72,6 +76,22 @@ def rounds_activations(operator: Operator) -> bool:
     return any(rounds_activations(child) for child in operator.children().values())
 
 
+def gated(operator: Operator, x: Tensor) -> Tensor:
+    """What an operator with gates must give: at each gate x with zeros for what the published rule leaves out, then the matrix."""
+    if isinstance(operator, Gated):
+        score = x.abs().to(torch.promote_types(x.dtype, torch.float32))
+        if operator.norms is not None:
+            score = score * operator.to_dense().to(score.dtype).norm(dim=0)
+        rank = (score.unsqueeze(-2) > score.unsqueeze(-1)).sum(-1)  # how many of the same token score higher
+        mask = rank < operator.kept if operator.threshold is None else score > operator.threshold
+        return gated(operator.weight, x * mask)
+    if not gates(operator):
+        return x @ operator.to_dense().to(x.dtype).T
+    children = operator.children()
+    assert set(children) == {"left", "right"}
+    return gated(children["left"], gated(children["right"], x))
+
+
 def holds_values(operator: Operator) -> bool:
     """Whether there is anything to multiply with: not so for a permutation, which has no zero either."""
     return any(tensor.is_floating_point() for tensor in operator.tensors().values())
@@ -102,7 +122,15 @@ def test_apply_is_the_product_with_the_dense_matrix(fitted: Fitted, form: Form, 
     for batch in [(), (1,), (2, 5), (0,)]:
         x = torch.randn(*batch, shape[1])
         actual, expected = operator.apply(x), x @ dense.T
-        if not rounds_activations(operator):
+        if gates(operator):
+            # The matrix is the one without gates; with them only what is left out is missing.
+            assert_close(ungated(operator).apply(x), expected, terms=4 * shape[1])
+            assert_close(actual, gated(operator, x), terms=4 * shape[1])
+            if isinstance(operator, Gated) and x.numel():
+                lost = (x * ~operator.mask(x)).abs() @ dense.abs().T
+                assert bool(((actual - expected).abs() <= lost + 1e-5 * x.abs() @ dense.abs().T).all())
+                assert operator.mask(x).sum(-1).unique().tolist() == [operator.kept]
+        elif not rounds_activations(operator):
             assert_close(actual, expected, terms=4 * shape[1])
         elif isinstance(operator, Quantized) and x.numel():
             # Each input is off by a step at most (half for itself, half for the zero point at the ends of the range); the
@@ -141,6 +169,11 @@ def test_error_never_rises_with_budget(name: str, shape: tuple[int, int], data: 
     for form in forms()[name].ladder(shape):
         operator = form.fit(weight, stats)
         plain, output = relative_error(weight, operator, stats)
+        if gates(operator):
+            assert plain == 0  # nothing but the gate is in the way
+            output = predicted_errors(weight, operator, stats)[1]
+            assert output is not None
+            assert output > 0
         errors.append(plain if output is None else output)
         sizes.append(operator.nbytes)
     assert sizes == sorted(sizes)
@@ -162,8 +195,16 @@ def test_bytes_are_what_the_tensors_hold(fitted: Fitted, form: Form, shape: tupl
             k: (v.shape, v.dtype) for k, v in operator.tensors().items()
         }
     cost = operator.cost(17)
-    assert cost.bytes >= operator.nbytes + 17 * sum(shape) * 4
-    assert operator.cost(0).bytes == operator.nbytes
+    if gates(operator):
+        # Columns that no token wants are not read: fewer bytes the fewer tokens, and never more than all.
+        assert operator.cost(0).bytes == 0
+        reads = [operator.cost(t).bytes - t * sum(shape) * 4 for t in (1, 4, 17)]
+        assert 0 < reads[0] <= reads[1] <= reads[2]
+        assert reads[0] < operator.nbytes or not isinstance(operator, Gated)
+        assert ungated(operator).cost(17).bytes >= ungated(operator).nbytes + 17 * sum(shape) * 4
+    else:
+        assert cost.bytes >= operator.nbytes + 17 * sum(shape) * 4
+        assert operator.cost(0).bytes == operator.nbytes
     assert cost.flops > 0 or not holds_values(operator)
 
 
@@ -193,8 +234,10 @@ def test_gradients_are_the_dense_ones(fitted: Fitted, form: Form, shape: tuple[i
 
     def gradients(apply: object) -> list[Tensor]:
         x = torch.linspace(-1, 1, 4 * shape[1], dtype=torch.float64).reshape(4, -1).requires_grad_()
-        y = operator.apply(x) if apply else x @ operator.to_dense().T
-        wanted = [x] if rounds_activations(operator) else [x, *floats.values()]
+        y = operator.apply(x) if apply else gated(operator, x)
+        # Which inputs are left out has no slope.
+        held = [value for name, value in floats.items() if name.split(".")[-1] != "norms"]
+        wanted = [x] if rounds_activations(operator) else [x, *held]
         return list(torch.autograd.grad((y * weighting).sum(), wanted))
 
     for actual, expected in zip(gradients(True), gradients(False), strict=True):
@@ -234,6 +277,15 @@ def test_reported_error_is_the_measured_one(fitted: Fitted, form: Form, shape: t
     measured = float(((gap @ x) ** 2).sum() / ((exact @ x) ** 2).sum()) ** 0.5
     assert output is not None
     assert math.isclose(output, measured, rel_tol=1e-6, abs_tol=1e-7)
+    if gates(operator):
+        # What the inputs that are left out would have added is not in the matrix: it is measured on the sample.
+        stats = Stats.from_inputs(inputs, sample=len(inputs))
+        found = predicted_errors(weight, operator.to(torch.float64), stats)[1]
+        assert found == measured_errors(weight, operator.to(torch.float64), stats)
+        wide = gated(operator.to(torch.float64), inputs).numpy().T
+        lost = float(((wide - exact @ x) ** 2).sum() / ((exact @ x) ** 2).sum()) ** 0.5
+        assert found is not None
+        assert math.isclose(found, lost, rel_tol=1e-6, abs_tol=1e-7)
 
 
 @pytest.mark.parametrize("data", ["full", "few", "dead"])
@@ -266,7 +318,9 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
         x = torch.randn(3, shape[1], dtype=dtype)
         y = operator.apply(x)
         assert y.dtype == dtype
-        if not rounds_activations(operator):
+        if gates(operator):
+            assert_close(y, gated(operator.to(torch.float64), x.double()), terms=48)
+        elif not rounds_activations(operator):
             assert_close(y, x.double() @ operator.to_dense().double().T, terms=48)
         wide = relative_error(weight, form.fit(weight.double()))[0]
         assert abs(relative_error(weight, operator)[0] - wide) <= 4 * torch.finfo(dtype).eps ** 0.5
