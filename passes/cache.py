@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from recast.passes.errors_of import measured_errors, predicted_errors
 from recast.passes.forms.form import Form
-from recast.passes.forms.operator import Operator
+from recast.passes.forms.operator import Operator, below, common_tensors
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import RecastError, WeightError
 from recast.patterns.linear.find import Matrix
@@ -25,7 +26,7 @@ from recast.patterns.program import tensor_digest
 
 __all__ = ["Fitted", "OperatorCache", "cache_directory"]
 
-_VERSION = "1"  # raise it when a fit or a stored layout changes
+_VERSION = "2"  # raise it when a fit or a stored layout changes
 
 
 def cache_directory() -> Path | None:
@@ -80,8 +81,8 @@ class OperatorCache:
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
-        self.memory: dict[str, Fitted] = {}
-        self.held: dict[tuple[object, ...], tuple[list[StorageWeakRef], int, Fitted]] = {}
+        self.memory: dict[str, list[Fitted]] = {}
+        self.held: dict[tuple[object, ...], tuple[list[StorageWeakRef], tuple[int, ...], list[Fitted]]] = {}
         self.fits = 0
         self.hits = 0
 
@@ -98,27 +99,53 @@ class OperatorCache:
         WeightError
             The weight is not finite, or its storage was released before it was ever fitted.
         """
-        identity = (*matrix.place, str(form), stats.hash if stats else "-")
+        return self.fit_together([matrix], form, [stats], where=None if where is None else [where])[0]
+
+    def fit_together(
+        self,
+        matrices: Sequence[Matrix],
+        form: Form,
+        stats: Sequence[Stats | None],
+        *,
+        where: Sequence[str] | None = None,
+    ) -> list[Fitted]:
+        """Fitted operators of a group of weights, which hold in common what their form shares.
+
+        Raises
+        ------
+        WeightError
+            As `fit`.
+        """
+        identity = (*(matrix.place for matrix in matrices), str(form), *(s.hash if s else "-" for s in stats))
+        version = tuple(matrix.version for matrix in matrices)
         if identity in self.held:
-            references, version, fitted = self.held[identity]
-            if not any(r.expired() for r in references) and (matrix.released or version == matrix.version):  # type: ignore[no-untyped-call]
-                self.hits += 1
+            references, known, fitted = self.held[identity]
+            same = version == known or any(matrix.released for matrix in matrices)
+            if same and not any(r.expired() for r in references):  # type: ignore[no-untyped-call]
+                self.hits += len(fitted)
                 return fitted
-        if matrix.released:
-            raise WeightError(
-                f"the dense weight of '{where}' was released before '{form}' was fitted to it; load the model again"
-            )
-        weight = matrix.read()
-        key = self.key(weight, form, stats)
+        for i, matrix in enumerate(matrices):
+            if matrix.released:
+                raise WeightError(
+                    f"the dense weight of '{where[i] if where else i}' was released before '{form}' was fitted to it; "
+                    "load the model again"
+                )
+        weights = [matrix.read() for matrix in matrices]
+        # Errors are those on the data as it is, also where a fit should not trust it that far.
+        seen = [known.regular if known is not None else None for known in stats]
+        keys = [self.key(weight, form, known) for weight, known in zip(weights, seen, strict=True)]
+        key = keys[0] if len(keys) == 1 else hashlib.sha256("\n".join(keys).encode()).hexdigest()
         found = self.memory.get(key) or self._read(key)
         if found is None:
-            found = Fitted.of(weight, form.fit(weight, stats, where=where), stats)
-            self.fits += 1
+            operators = form.fit_together(weights, seen, where=where)
+            found = [Fitted.of(w, o, s) for w, o, s in zip(weights, operators, stats, strict=True)]
+            self.fits += len(found)
             self._write(key, found)
         else:
-            self.hits += 1
+            self.hits += len(found)
         self.memory[key] = found
-        self.held[identity] = ([StorageWeakRef(s) for s in matrix.storages], matrix.version, found)  # type: ignore[no-untyped-call]
+        references = [StorageWeakRef(s) for matrix in matrices for s in matrix.storages]  # type: ignore[no-untyped-call]
+        self.held[identity] = (references, version, found)
         return found
 
     @staticmethod
@@ -130,7 +157,7 @@ class OperatorCache:
     def _path(self, key: str) -> Path | None:
         return self.directory / "operators" / key[:2] / f"{key}.safetensors" if self.directory else None
 
-    def _read(self, key: str) -> Fitted | None:
+    def _read(self, key: str) -> list[Fitted] | None:
         path = self._path(key)
         if path is None or not path.is_file():
             return None
@@ -140,19 +167,28 @@ class OperatorCache:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             if meta.get("digest") != _digest(tensors):
                 return None  # damaged on disk: fit again
-            errors = json.loads(meta["errors"])
-            return Fitted(Operator.from_config(json.loads(meta["config"]), tensors), *errors)
+            for name, other in json.loads(meta["common"]).items():
+                tensors[name] = tensors[other]
+            return [
+                Fitted(Operator.from_config(config, below(tensors, str(i))), *errors)
+                for i, (config, errors) in enumerate(json.loads(meta["operators"]))
+            ]
         except (OSError, SafetensorError, RecastError, ValueError, KeyError):
             return None  # written by another version, or cut short: fit again
 
-    def _write(self, key: str, fitted: Fitted) -> None:
+    def _write(self, key: str, fitted: Sequence[Fitted]) -> None:
         path = self._path(key)
         if path is None:
             return
-        operator = fitted.operator
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in operator.tensors().items()}
-        errors = (fitted.weight_error, fitted.predicted_error, fitted.measured_error)
-        meta = {"config": json.dumps(operator.config()), "errors": json.dumps(errors), "digest": _digest(tensors)}
+        held = {f"{i}.{name}": t for i, found in enumerate(fitted) for name, t in found.operator.tensors().items()}
+        common = common_tensors(held)
+        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in held.items() if n not in common}
+        operators = [(f.operator.config(), (f.weight_error, f.predicted_error, f.measured_error)) for f in fitted]
+        meta = {
+            "operators": json.dumps(operators),
+            "common": json.dumps(common),
+            "digest": _digest(tensors),
+        }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # A name of its own, then a rename: another process sees the old state or the whole new file.

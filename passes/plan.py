@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from recast.passes.allocate import allocate
@@ -10,6 +11,7 @@ from recast.passes.cache import OperatorCache
 from recast.passes.calibration import Calibration
 from recast.passes.decided import Entry, Plan, Skip
 from recast.passes.forms.form import Form
+from recast.passes.forms.shared import divided, groups_of
 from recast.passes.forms.stats import Stats
 from recast.passes.progress import track
 from recast.passes.recipe import Recipe, name_matches
@@ -20,7 +22,7 @@ from recast.patterns.linear.find import Matrix, find_linear, matrix_of
 from recast.patterns.program import Program
 from recast.patterns.sites import LinearSite
 
-__all__ = ["Entry", "Plan", "Skip", "Target", "plan", "targets_of"]
+__all__ = ["Entry", "Plan", "Skip", "Target", "fitted_apart", "plan", "targets_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +97,20 @@ def plan(
     cache = cache or OperatorCache.default()
     covered = coverage(program)
     check_coverage(covered.fraction, asked.min_coverage, covered)
+    _check_budget(asked)
     constants = Constants(program)
     sites, _ = find_linear(program, constants)
     targets = targets_of(sites, constants, calibration)
     wanted, skipped = _choose(asked, sites)
     entries: dict[str, Entry] = {}
     options: dict[str, list[Entry]] = {}
-    for name, forms in track(list(wanted.items()), "fitting", progress):
-        target = targets[name]
-        options[name] = _measured(target, forms, cache, len(asked.candidates) if asked.budget is not None else 0)
+    spare = len(asked.candidates) if asked.budget is not None else 0
+    for names in track(fitted_apart({name: forms[0] for name, forms in wanted.items()}, targets), "fitting", progress):
+        if len(names) > 1:
+            entries_of = _measure(names, wanted[names[0]][0], targets, cache)
+            options.update({name: [entry] for name, entry in zip(names, entries_of, strict=True)})
+        else:
+            options[names[0]] = _measured(names[0], wanted[names[0]], targets, cache, spare)
     chosen = _decide(options, targets, asked)
     for name, entry in chosen.items():
         if isinstance(entry, Skip):
@@ -119,7 +126,24 @@ def plan(
         statistics=calibration.hash if calibration is not None else None,
         calibration=calibration,
         coverage=covered.fraction,
+        notes=_notes([targets[name] for name in entries]),
     )
+
+
+def _notes(targets: list[Target]) -> list[str]:
+    """Say which sites were fitted with fewer vectors than they have inputs."""
+    short = [target for target in targets if target.stats is not None and target.stats.deficient]
+    if not short:
+        return []
+    named = ", ".join(target.name for target in short[:3]) + (f" and {len(short) - 3} more" if len(short) > 3 else "")
+    seen = [(s.tokens, s.features) for s in (target.stats for target in short) if s is not None]
+    tokens, features = min(seen, key=lambda pair: pair[0] / pair[1])
+    text = (
+        f"calibration: {len(short)} of {len(targets)} sites saw fewer vectors than they have inputs ({named}; at worst {tokens} "
+        f"for {features}); their statistics were shrunk towards independent inputs, and errors predicted for them are too "
+        f"low; batches that bring every site {max(features for _, features in seen)} vectors or more would do"
+    )
+    return [text]
 
 
 def check_coverage(found: float, asked: float, covered: Any) -> None:
@@ -130,6 +154,17 @@ def check_coverage(found: float, asked: float, covered: Any) -> None:
             f"coverage: {asked:.1%} of the matrix parameters must be matched, {found:.1%} are; not matched:\n{misses}\n"
             "lower min_coverage, or see `recast explain MODEL SITE` for what stands in the way"
         )
+
+
+def _check_budget(recipe: Recipe) -> None:
+    """Refuse what a choice site by site cannot weigh: bytes of a shared form depend on what other sites take."""
+    forms = [recipe.default, *recipe.candidates, *(rule.form for rule in recipe.rules)]
+    for form in forms if recipe.budget is not None else []:
+        if form is not None and form.shared_part is not None:
+            raise PlanError(
+                f"plan: '{form}' is shared between sites, and a budget chooses for each by itself; name the sites that "
+                "share in a plan without a budget, or choose among forms of one site"
+            )
 
 
 def _choose(recipe: Recipe, sites: list[LinearSite]) -> tuple[dict[str, list[Form]], list[Skip]]:
@@ -179,33 +214,51 @@ def _is_dense(form: Form) -> bool:
     return str(form) == "dense"
 
 
-def _measured(target: Target, forms: list[Form], cache: OperatorCache, spare: int) -> list[Entry]:
+def fitted_apart(forms: Mapping[str, Form], targets: Mapping[str, Target]) -> list[list[str]]:
+    """Names in groups that are fitted together: one each, but where a form shares something between several."""
+    groups = groups_of(forms, {name: targets[name].matrix.shape for name in forms})
+    first = {group[0]: group for group in groups}
+    rest = {name for group in groups for name in group[1:]}
+    return [first.get(name, [name]) for name in forms if name not in rest]
+
+
+def _measured(
+    name: str, forms: list[Form], targets: dict[str, Target], cache: OperatorCache, spare: int
+) -> list[Entry]:
     """Fit each form; of the last `spare`, mere candidates, those that do not fit this weight are left out."""
     found = []
     for form in forms:
         try:
-            found.append(_measure(target, form, cache))
+            found += _measure([name], form, targets, cache)
         except FormError:
             if form not in forms[max(0, len(forms) - spare) :]:
                 raise
     return found
 
 
-def _measure(target: Target, form: Form, cache: OperatorCache) -> Entry:
-    matrix = target.matrix
-    fitted = cache.fit(matrix, form, target.stats, where=target.name)
-    # A rewritten expert is computed on every row, not only on those that are sent to it: of E experts, one row in E.
-    rows = max((use.routing.count for use in target.site.uses if use.routing is not None), default=1)
-    return Entry(
-        name=target.name,
-        form=form,
-        bytes_before=matrix.nbytes,
-        bytes_after=fitted.operator.nbytes,
-        flops_before=2 * matrix.shape[0] * matrix.shape[1],
-        flops_after=fitted.operator.cost(1).flops * rows,
-        predicted_error=fitted.predicted_error,
-        predicted_weight_error=fitted.weight_error,
-    )
+def _measure(names: list[str], form: Form, targets: dict[str, Target], cache: OperatorCache) -> list[Entry]:
+    """Fit a group of sites, most often of one; bytes that several hold in common are divided between them."""
+    members = [targets[name] for name in names]
+    matrices, stats = [member.matrix for member in members], [member.stats for member in members]
+    fits = cache.fit_together(matrices, form, stats, where=names)
+    found = []
+    for target, fitted, nbytes in zip(members, fits, divided([f.operator for f in fits]), strict=True):
+        # A rewritten expert is computed on every row, not only on those that are sent to it: of E experts, one row in E.
+        rows = max((use.routing.count for use in target.site.uses if use.routing is not None), default=1)
+        matrix = target.matrix
+        found.append(
+            Entry(
+                name=target.name,
+                form=form,
+                bytes_before=matrix.nbytes,
+                bytes_after=nbytes,
+                flops_before=2 * matrix.shape[0] * matrix.shape[1],
+                flops_after=fitted.operator.cost(1).flops * rows,
+                predicted_error=fitted.predicted_error,
+                predicted_weight_error=fitted.weight_error,
+            )
+        )
+    return found
 
 
 def _decide(options: dict[str, list[Entry]], targets: dict[str, Target], recipe: Recipe) -> dict[str, Entry | Skip]:

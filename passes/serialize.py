@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from recast.passes.dialect import inline_dialect
-from recast.passes.forms.operator import Operator
+from recast.passes.forms.operator import Operator, common_tensors
 from recast.passes.meta import propagate
 from recast.passes.module import OperatorModule
 from recast.passes.spec import decode_spec, encode_spec
@@ -53,6 +53,7 @@ def program_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     layouts: dict[str, Any] = {}
     operators: dict[str, Any] = {}
+    held: dict[str, Tensor] = {}  # of operators
 
     def keep(name: str, tensor: Tensor) -> None:
         tensors[name] = tensor
@@ -74,7 +75,7 @@ def program_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 raise ArtifactError(f"artifact: '{node.target}' is a {type(module).__name__}, which cannot be saved")
             operators[node.target] = {"config": module.structure.config(), "site": module.site, "form": module.form}
             for name, tensor in module.operator.tensors().items():
-                keep(f"{node.target}/{name}", tensor.detach())
+                held[f"{node.target}/{name}"] = tensor.detach()
             if module.order is not None:
                 tensors[f"{node.target}//order"] = module.order
         if node.op != "get_attr":
@@ -82,10 +83,16 @@ def program_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if node.op == "placeholder":
             row["value"] = _describe(node.meta.get("val"))
         nodes.append(row)
+    # What operators hold in common is kept once.
+    common = common_tensors(held)
+    for name, tensor in held.items():
+        if name not in common:
+            keep(name, tensor)
     interface = program.interface
     data = {
         "nodes": nodes,
         "operators": operators,
+        "common": common,
         "layouts": layouts,
         "aliases": program.aliases,
         "door": program.door,
@@ -244,13 +251,14 @@ def _program_from(data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
     nodes: dict[str, fx.Node] = {}
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     symbols: dict[str, Any] = {}
+    laid_out = {
+        n: _laid_out(t, data["layouts"][n]) for n, t in tensors.items() if "/" in n and "//" not in n
+    }  # those of operators
+    for name, other in data.get("common", {}).items():
+        laid_out[name] = laid_out[other]
     for path, row in data["operators"].items():
-        held = {
-            n.removeprefix(f"{path}/"): _laid_out(t, data["layouts"][n])
-            for n, t in tensors.items()
-            if n.startswith(f"{path}/") and "//" not in n
-        }
-        operator_ = Operator.from_config(row["config"], held)
+        own = {n.removeprefix(f"{path}/"): t for n, t in laid_out.items() if n.startswith(f"{path}/")}
+        operator_ = Operator.from_config(row["config"], own)
         set_by_path(
             root, _path(path), OperatorModule(operator_, row["site"], row["form"], tensors.get(f"{path}//order"))
         )

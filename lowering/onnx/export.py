@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import re
 import warnings
@@ -22,6 +23,7 @@ from recast.patterns.program import Program
 __all__ = ["check", "export", "input_names", "output_kinds"]
 
 _FREE = ("batch", "sequence")
+_WORTH_SHARING = 256  # bytes
 
 
 class _Flat(nn.Module):
@@ -132,6 +134,7 @@ def export(program: Program, sites: Mapping[str, str], opset: int) -> Any:
     assert made is not None
     model = made.model
     _tidy(model, sites)
+    _share(model)
     return model
 
 
@@ -202,6 +205,22 @@ def _tidy(model: Any, sites: Mapping[str, str]) -> None:
         plain = found or name.removeprefix("program.")
         if plain != name and plain not in model.graph.initializers:
             value.name = plain
+
+
+def _share(model: Any) -> None:
+    """Keep initializers of equal values once: what several sites hold in common was laid out for each of them."""
+    import onnx_ir
+
+    first: dict[tuple[Any, ...], Any] = {}
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < _WORTH_SHARING or value.is_graph_output():
+            continue
+        digest = hashlib.blake2b(tensor.tobytes(), digest_size=16).digest()
+        other = first.setdefault((tensor.dtype, tuple(tensor.shape), digest), value)
+        if other is not value:
+            onnx_ir.convenience.replace_all_uses_with(value, other)
+            del model.graph.initializers[name]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from recast.passes.forms.alternating import fit_product, fit_sum, wide_dtype
 from recast.passes.forms.form import Form, data_error
 from recast.passes.forms.linear_algebra import behind, best_left
 from recast.passes.forms.operator import Dense, Operator
+from recast.passes.forms.shared import pooled
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
@@ -23,6 +25,16 @@ __all__ = ["PipeForm", "ProductForm", "SumForm"]
 
 def _wrapped(form: Form, binding: int) -> str:
     return f"({form})" if form.binding < binding else str(form)
+
+
+def _refuse_shared(parts: Sequence[Form], what: str) -> None:
+    """A group is fitted as a whole, and not by taking turns with something that each of its members has for itself."""
+    for part in parts:
+        if part.shared_part is not None:
+            raise FormError(
+                f"{what}: '{part}' is fitted to a group of matrices and stands alone or left of '|'; "
+                "its own parameters may add what is wanted, e.g. shared_atoms(8, rank=4)"
+            )
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class SumForm(Form):
     def __post_init__(self) -> None:
         if len(self.terms) < 2 or any(isinstance(term, SumForm) for term in self.terms):
             raise FormError("sum: two or more terms that are not sums are needed; SumForm.of(...) would work")
+        _refuse_shared(self.terms, "sum")
 
     def __str__(self) -> str:
         return " + ".join(_wrapped(term, 3) for term in self.terms)
@@ -87,6 +100,7 @@ class ProductForm(Form):
             raise FormError(
                 "product: two or more factors that are not products are needed; ProductForm.of(...) would work"
             )
+        _refuse_shared(self.factors, "product")
 
     def __str__(self) -> str:
         return " @ ".join(_wrapped(factor, 4) for factor in self.factors)
@@ -145,6 +159,10 @@ class PipeForm(Form):
                 f"'{self.left}' leaves no dense factor for '| {self.right}' to refit; "
                 "low_rank, block_diagonal or dense on the left would work"
             )
+        if self.right.shared_part is not None:
+            raise FormError(
+                f"'| {self.right}' would share factors of different layers; '{self.right}' alone would work"
+            )
 
     @staticmethod
     def needless(right: Form) -> str:
@@ -188,13 +206,49 @@ class PipeForm(Form):
         made = made.map_leaves(replace)
         return made if known else None
 
+    @property
+    def shared_part(self) -> Form | None:
+        return self.left.shared_part
+
     def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
         left = self.left.fit(weight, stats)
-        plain = left.refit(lambda leaf, path, seen: self.right.fit(leaf.weight, seen), stats)
+        return self._mended(
+            left, left.refit(lambda leaf, _, seen: self.right.fit(leaf.weight, seen), stats), weight, stats
+        )
+
+    def fit_together(
+        self, weights: Sequence[Tensor], stats: Sequence[Stats | None], *, where: Sequence[str] | None = None
+    ) -> list[Operator]:
+        if self.shared_part is None:
+            return super().fit_together(weights, stats, where=where)
+        lefts = self.left.fit_together(weights, stats, where=where)
+        # What is held in common is refitted once, under the statistics of all that flows into it.
+        flows: dict[int, list[Stats | None]] = {}
+
+        def note(leaf: Dense, _: str, seen: Stats | None) -> Operator:
+            flows.setdefault(id(leaf.weight), []).append(seen)
+            return leaf
+
+        for left, known in zip(lefts, stats, strict=True):
+            left.refit(note, known)
+        made: dict[int, Operator] = {}
+
+        def replace(leaf: Dense, _: str, seen: Stats | None) -> Operator:
+            key = id(leaf.weight)
+            if key not in made:
+                made[key] = self.right.fit(leaf.weight, seen if len(flows[key]) == 1 else pooled(flows[key]))
+            return made[key]
+
+        plain = [left.refit(replace, known) for left, known in zip(lefts, stats, strict=True)]
+        return [
+            self._mended(left, found, weight.detach(), known)
+            for left, found, weight, known in zip(lefts, plain, weights, stats, strict=True)
+        ]
+
+    def _mended(self, left: Operator, plain: Operator, weight: Tensor, stats: Stats | None) -> Operator:
+        """Solve anew for the left factor of a product, which can make up for what refitting changed in the right one."""
         if not (isinstance(left, Product) and isinstance(left.left, Dense) and isinstance(plain, Product)):
             return plain
-        # The left factor can make up for what refitting changed in the right one: solve for it anew before refitting
-        # it.
         seen, gram = behind(plain.right, stats)
         target = best_left(weight, plain.right, stats, gram).to(wide_dtype(weight.dtype))
         mended = Product(self.right.fit(target, seen).to(weight.dtype), plain.right)

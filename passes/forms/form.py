@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,6 +48,9 @@ class Form(abc.ABC):
     # True where `solve` with statistics is already the best of its class on the data, so that there is nothing to
     # compare.
     optimal_on_data: ClassVar[bool] = False
+
+    # True where the form is fitted to a group of matrices, which hold a part in common.
+    shares: ClassVar[bool] = False
 
     @property
     def dense_leaves(self) -> bool:
@@ -135,6 +138,15 @@ class Form(abc.ABC):
         CalibrationError
             If the statistics are not of this weight's inputs, or not finite.
         """
+        weight = self.checked(weight, stats, where)
+        operator = self.solve(weight, stats)
+        if stats is None or stats.gram is None or self.optimal_on_data:
+            return operator
+        free = self.solve(weight, None)
+        return min((operator, free), key=lambda found: data_error(weight, found, stats))
+
+    def checked(self, weight: Tensor, stats: Stats | None, where: str | None = None) -> Tensor:
+        """Return the weight without its history, once it, its shape and the statistics are fit for a fit; errors as there."""
         at = f" at {where}" if where else ""
         if weight.dim() != 2 or 0 in weight.shape:
             raise WeightError(f"{self}: a weight of two dimensions is needed{at}, this one is {tuple(weight.shape)}")
@@ -145,11 +157,34 @@ class Form(abc.ABC):
         _refuse_nonfinite(weight, f"{self}: the weight{at}")
         if stats is not None:
             stats.check(weight.shape[1], where)
-        operator = self.solve(weight, stats)
-        if stats is None or stats.gram is None or self.optimal_on_data:
-            return operator
-        free = self.solve(weight, None)
-        return min((operator, free), key=lambda found: data_error(weight, found, stats))
+        return weight
+
+    @property
+    def shared_part(self) -> Form | None:
+        """The form in this one that is fitted to several matrices at once, if there is one."""
+        return self if self.shares else None
+
+    def fit_together(
+        self, weights: Sequence[Tensor], stats: Sequence[Stats | None], *, where: Sequence[str] | None = None
+    ) -> list[Operator]:
+        """Fit several matrices; a form that `shares` holds a part of them in common, others fit each by itself.
+
+        Parameters
+        ----------
+        weights
+            Each (m, n), all of one shape where the form shares.
+        stats
+            Of each, or None.
+        where
+            Their names, for messages.
+
+        Raises
+        ------
+        FormError, WeightError, CalibrationError
+            As `fit`.
+        """
+        pairs = zip(weights, stats, strict=True)
+        return [self.fit(w, s, where=None if where is None else where[i]) for i, (w, s) in enumerate(pairs)]
 
     def __str__(self) -> str:
         raise NotImplementedError
@@ -231,13 +266,13 @@ class NamedForm(Form):
                 None if f.default is dataclasses.MISSING else f.default,
                 f.metadata.get("help", ""),
             )
-            for f in dataclasses.fields(cls)  # type: ignore[arg-type]  # every subclass is a dataclass
+            for f in sorted(dataclasses.fields(cls), key=lambda f: bool(f.kw_only))  # type: ignore[arg-type]  # it is one
         ]
 
     @classmethod
     def positional(cls, values: list[Scalar]) -> list[str]:
-        """Name the parameters that unnamed values are for; by default the fields in order."""
-        return [f.name for f in dataclasses.fields(cls)][: len(values)]  # type: ignore[arg-type]
+        """Name the parameters that unnamed values are for; by default the fields in order, but keyword-only ones."""
+        return [f.name for f in dataclasses.fields(cls) if not f.kw_only][: len(values)]  # type: ignore[arg-type]
 
     @classmethod
     def coerce(cls, parameter: str, value: Scalar) -> Scalar:

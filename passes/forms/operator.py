@@ -19,7 +19,7 @@ from torch import Tensor
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError, nearest
 
-__all__ = ["Cost", "Dense", "Operator", "Refit", "dtype_from_name", "dtype_name"]
+__all__ = ["Cost", "Dense", "Operator", "Refit", "below", "common_tensors", "dtype_from_name", "dtype_name"]
 
 Refit = Callable[["Dense", str, "Stats | None"], "Operator"]
 Self = TypeVar("Self", bound="Operator")
@@ -134,7 +134,7 @@ class Operator(abc.ABC):
     def with_tensors(self: Self, tensors: Mapping[str, Tensor]) -> Self:
         """Return the same structure holding other tensors, without copying or looking at a value."""
         own = {name: tensors[name] for name in self.own_tensors()}
-        children = {name: child.with_tensors(_below(tensors, name)) for name, child in self.children().items()}
+        children = {name: child.with_tensors(below(tensors, name)) for name, child in self.children().items()}
         return cast(Self, type(self).build(self.fields(), own, children))
 
     def config(self) -> dict[str, Any]:
@@ -162,10 +162,10 @@ class Operator(abc.ABC):
             importlib.import_module("recast.passes.forms.registry").discover()
         if kind not in Operator._kinds:
             raise FormError(f"operator config: unknown kind {kind!r}; {nearest(kind, Operator._kinds)}")
-        below = config.get("children", {})
-        if not isinstance(below, Mapping):
-            raise FormError(f"operator config: 'children' of {kind!r} must be a dictionary, not {below!r}")
-        children = {name: Operator.from_config(child, _below(tensors, name)) for name, child in below.items()}
+        described = config.get("children", {})
+        if not isinstance(described, Mapping):
+            raise FormError(f"operator config: 'children' of {kind!r} must be a dictionary, not {described!r}")
+        children = {name: Operator.from_config(child, below(tensors, name)) for name, child in described.items()}
         own = {name: tensor for name, tensor in tensors.items() if "." not in name}
         fields = {name: value for name, value in config.items() if name not in ("kind", "children")}
         try:
@@ -209,7 +209,20 @@ class Operator(abc.ABC):
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def _below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def common_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are another one, of the same memory, shape and strides, as ``{name: the first such name}``."""
+    first: dict[tuple[Any, ...], str] = {}
+    found: dict[str, str] = {}
+    for name, t in tensors.items():
+        key = (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), tuple(t.stride()), t.dtype)
+        other = first.setdefault(key, name)
+        if other != name:
+            found[name] = other
+    return found
+
+
+def below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Tensors whose dotted names begin with a name, without it."""
     prefix = f"{name}."
     return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 

@@ -14,9 +14,10 @@ from recast.passes.base import Context, Pass, Soundness
 from recast.passes.dead import remove_dead
 from recast.passes.forms.algebra import RowStack
 from recast.passes.forms.operator import Dense, Operator
+from recast.passes.forms.shared import divided
 from recast.passes.meta import propagate
 from recast.passes.module import OperatorModule
-from recast.passes.plan import Target, targets_of
+from recast.passes.plan import Target, fitted_apart, targets_of
 from recast.passes.progress import track
 from recast.passes.report import SiteRow
 from recast.patterns.constants import Constants
@@ -46,14 +47,18 @@ class ApplyForms(Pass):
             if (name := node.meta.get("recast_site")) is not None:
                 marked.setdefault(name, []).append(node)
         by_node = {use.product: (site, use) for site in sites for use in site.uses}
-        rows: list[SiteRow] = []
-        taken: set[str] = set()
-        for name, nodes in track(list(marked.items()), "rewriting", context.progress):
+        targets: dict[str, Target] = {}
+        for name, nodes in marked.items():
             site, use = by_node[nodes[0]]
             # Names may shift once spelled as linear; the mark holds the name that the plan speaks of.
             site = dataclasses.replace(site, name=name, uses=(use,))
-            targets = targets_of([site], constants, context.calibration)
-            operator, form, order = _operator(name, targets, context, rows)
+            targets.update(targets_of([site], constants, context.calibration))
+        forms = {name: entry.form for name, entry in context.plan.entries.items() if name in targets}
+        together = {name: names for names in fitted_apart(forms, targets) for name in names}
+        rows: list[SiteRow] = []
+        taken: set[str] = set()
+        for name, nodes in track(list(marked.items()), "rewriting", context.progress):
+            operator, form, order = _operator(name, targets, together, context, rows)
             module = OperatorModule(operator, name, form, order)
             path = _free_path(name, taken)
             set_by_path(result.module, path, module)
@@ -85,19 +90,26 @@ def _replace(program: Program, node: fx.Node, path: str) -> None:
 
 
 def _operator(
-    name: str, targets: dict[str, Target], context: Context, rows: list[SiteRow]
+    name: str, targets: dict[str, Target], together: dict[str, list[str]], context: Context, rows: list[SiteRow]
 ) -> tuple[Operator, str, Tensor | None]:
-    """Fit a site as a whole, or its parts each in its own form."""
+    """Fit a site as a whole, or its parts each in its own form.
+
+    `together` has the sites that each one is fitted with.
+    """
+
+    def fit(target: Target) -> Operator:
+        return _fit(target, [targets[other] for other in together[target.name]], context, rows)
+
     entries = context.plan.entries
     whole = targets[name]
     if name in entries:
-        return _fit(whole, context, rows), str(entries[name].form), None
+        return fit(whole), str(entries[name].form), None
     parts: list[Operator] = []
     forms: list[str] = []
     for part in whole.site.parts:
         target = targets[f"{name}.{part.name}"]
         if target.name in entries:
-            parts.append(_fit(target, context, rows))
+            parts.append(fit(target))
             forms.append(str(entries[target.name].form))
         else:
             parts.append(Dense(target.matrix.read().clone()))
@@ -114,10 +126,15 @@ def _order(target: Target) -> Tensor | None:
     return None if bool((order == torch.arange(len(order))).all()) else order
 
 
-def _fit(target: Target, context: Context, rows: list[SiteRow]) -> Operator:
+def _fit(target: Target, members: list[Target], context: Context, rows: list[SiteRow]) -> Operator:
     entry = context.plan.entries[target.name]
-    fitted = context.cache.fit(target.matrix, entry.form, target.stats, where=target.name)
+    fits = context.cache.fit_together(
+        [m.matrix for m in members], entry.form, [m.stats for m in members], where=[m.name for m in members]
+    )
+    position = members.index(target)
+    fitted = fits[position]
     row = SiteRow.of(entry, target.matrix, fitted, pictures=context.pictures)
+    row = dataclasses.replace(row, bytes_after=divided([f.operator for f in fits])[position])
     if target.site.tied:  # what else reads the weight keeps it: the operator comes on top
         row = dataclasses.replace(row, bytes_after=row.bytes_after + row.bytes_before)
     rows.append(row)

@@ -1,0 +1,133 @@
+"""What forms share that are fitted to several matrices at once and hold a part of them in common."""
+# ruff: noqa: D102  # methods are described by the base class
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from recast.passes.forms.form import Form, NamedForm, data_error
+from recast.passes.forms.operator import Operator, common_tensors
+from recast.passes.forms.stats import Stats
+from recast.patterns.errors import FormError, nearest
+
+__all__ = ["SharedForm", "divided", "groups_of", "pooled"]
+
+ACROSS = ("layers", "all")
+
+
+@dataclass(frozen=True)
+class SharedForm(NamedForm):
+    """A form of a group of matrices of one shape. Of a single matrix it is the form of a group of one.
+
+    Which matrices make a group is read from the names of their sites, by `groups_of`.
+    """
+
+    group: int | None = field(default=None, kw_only=True, metadata={"help": "matrices in a group; none: all of them"})
+    across: str = field(
+        default="layers",
+        kw_only=True,
+        metadata={"help": "'layers': names that differ in their last number; 'all': any of one shape"},
+    )
+
+    shares: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.group is not None and self.group < 1:
+            raise FormError(f"{self.name}: group is {self.group}, not positive; 2 would share between two layers")
+        if self.across not in ACROSS:
+            raise FormError(f"{self.name}: across is {self.across!r}; {nearest(self.across, ACROSS)}")
+
+    def solve_together(self, weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> list[Operator]:
+        """Fit matrices that were checked; what they share is one tensor in all of the operators."""
+        raise NotImplementedError
+
+    def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
+        return self.solve_together([weight], [stats])[0]
+
+    def fit_together(
+        self, weights: Sequence[Tensor], stats: Sequence[Stats | None], *, where: Sequence[str] | None = None
+    ) -> list[Operator]:
+        checked = [
+            self.checked(weight, known, None if where is None else where[i])
+            for i, (weight, known) in enumerate(zip(weights, stats, strict=True))
+        ]
+        shapes = {tuple(weight.shape) for weight in checked}
+        if len(shapes) != 1:
+            raise FormError(f"{self}: matrices of one shape are needed, these are {sorted(shapes)}; share them apart")
+        found = self.solve_together(checked, stats)
+        if all(known is None or known.gram is None for known in stats):
+            return found
+        free = self.solve_together(checked, [None] * len(checked))
+
+        def total(operators: list[Operator]) -> float:
+            return sum(data_error(w, o, s) for w, o, s in zip(checked, operators, stats, strict=True))
+
+        return min((found, free), key=total)
+
+
+def pooled(stats: Sequence[Stats | None]) -> Stats | None:
+    """Statistics of the inputs of several matrices taken together; None unless all of them are known."""
+    total: Tensor | None = None
+    tokens = 0
+    for known in stats:
+        if known is None or known.gram is None:
+            return None
+        total = known.gram if total is None else total + known.gram
+        tokens += known.tokens
+    return None if total is None else Stats.from_gram(total, tokens)
+
+
+def divided(operators: Sequence[Operator]) -> list[int]:
+    """Bytes of each operator of a group; those of a tensor that several hold count for each in equal parts, rounded up."""
+    holders = Counter(tensor.untyped_storage()._cdata for operator in operators for tensor in _distinct(operator))
+    if all(count == 1 for count in holders.values()):
+        return [operator.nbytes for operator in operators]
+    return [
+        sum(-(-t.numel() * t.element_size() // holders[t.untyped_storage()._cdata]) for t in _distinct(operator))
+        for operator in operators
+    ]
+
+
+def _distinct(operator: Operator) -> list[Tensor]:
+    tensors = operator.tensors()
+    common = common_tensors(tensors)
+    return [tensor for name, tensor in tensors.items() if name not in common]
+
+
+def groups_of(forms: Mapping[str, Form], shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
+    """Which sites share, given the form and the shape of each; sites whose form shares nothing are left out.
+
+    A group is a run of `group` sites, in the order of the numbers in their names, of one form and one shape whose names
+    differ in their last number only: layers, or the experts of one layer.
+
+    Examples
+    --------
+    >>> form = Form.parse("shared_basis(4, group=2)")
+    >>> names = [f"layers.{i}.{kind}" for kind in ("key", "query") for i in range(3)]
+    >>> for group in groups_of(dict.fromkeys(names, form), dict.fromkeys(names, (8, 8))):
+    ...     print(group)
+    ['layers.0.key', 'layers.1.key']
+    ['layers.2.key']
+    ['layers.0.query', 'layers.1.query']
+    ['layers.2.query']
+    """
+    alike: dict[tuple[str, Form, tuple[int, int]], list[str]] = defaultdict(list)
+    for name, form in forms.items():
+        shared = form.shared_part
+        if isinstance(shared, SharedForm):
+            kind = "" if shared.across == "all" else re.sub(r"\d+(?=\D*$)", "*", name)
+            alike[kind, form, shapes[name]].append(name)
+    found = []
+    for (_, form, _), names in alike.items():
+        shared = form.shared_part
+        assert isinstance(shared, SharedForm)
+        ordered = sorted(names, key=lambda name: ([int(number) for number in re.findall(r"\d+", name)], name))
+        size = shared.group or len(ordered)
+        found += [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    return found
