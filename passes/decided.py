@@ -93,6 +93,8 @@ class Plan:
         The statistics themselves, when still at hand (not part of the text).
     coverage
         Share of matrix parameters matched.
+    notes
+        What should be known of the decisions, such as that there was little data; the report repeats them.
     """
 
     fingerprint: str
@@ -103,6 +105,7 @@ class Plan:
     statistics: str | None = None
     calibration: Calibration | None = dataclasses.field(default=None, repr=False, compare=False)
     coverage: float = 1.0
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON- and YAML-able form."""
@@ -115,6 +118,7 @@ class Plan:
             "recipe": self.recipe,
             "sites": {name: entry.to_dict() for name, entry in self.entries.items()},
             "skipped": [dataclasses.asdict(s) for s in self.skipped],
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
     def __str__(self) -> str:
@@ -149,7 +153,7 @@ class Plan:
             raise PlanError(
                 f"plan: '{where}' is not a plan: a mapping with 'model' and 'sites' is needed, as str(plan) writes it"
             )
-        known = {"version", "model", "statistics", "compute_dtype", "coverage", "recipe", "sites", "skipped"}
+        known = {"version", "model", "statistics", "compute_dtype", "coverage", "recipe", "sites", "skipped", "notes"}
         for key in data:
             if key not in known:
                 raise PlanError(f"plan: unknown key '{key}' in '{where}'; {nearest(str(key), known)}")
@@ -168,6 +172,7 @@ class Plan:
             recipe=dict(data.get("recipe") or {}),
             statistics=data.get("statistics"),
             coverage=_number(data.get("coverage", 1.0), "coverage", where),
+            notes=[str(note) for note in data.get("notes") or []],
         )
 
     @staticmethod

@@ -108,7 +108,7 @@ class Report:
     target
         What it was lowered to.
     notes
-        What capture decided on the way.
+        What capture decided on the way, and what the plan was made with too little of.
     agreement
         Of each output on the target with the eager rewritten program's: `fidelity`; empty where it was not checked.
     """

@@ -113,7 +113,7 @@ def rewrite(
         coverage=coverage(program).to_dict(),
         whole=_whole(program, current, context) if passes and measure else {},
         passes=passes,
-        notes=list(program.notes),
+        notes=[*program.notes, *plan.notes],
     )
     return current
 

@@ -144,6 +144,49 @@ class Stats:
         """How many features the inputs have."""
         return self.mean.shape[0]
 
+    @property
+    def deficient(self) -> bool:
+        """Whether there were fewer vectors than features, so that the Gram matrix says nothing of some directions."""
+        return self.gram is not None and self.tokens < self.features
+
+    @property
+    def shrinkage(self) -> float:
+        """Share of the Gram matrix that `regular` replaces by its diagonal: 0 unless `deficient`.
+
+        The oracle approximating shrinkage of Chen, Wiesel, Eldar and Hero (2010) of the inputs scaled to equal size, which
+        makes the expected squared error of the matrix small for normal inputs.
+
+        Examples
+        --------
+        >>> x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+        >>> few, many = Stats.from_inputs(x[:8]).shrinkage, Stats.from_inputs(x).shrinkage
+        >>> 0.5 < few <= 1 and many == 0
+        True
+        """
+        if not self.deficient or self.gram is None:
+            return 0.0
+        diagonal = self.gram.diagonal().double()
+        live = diagonal > 0
+        p, t = int(live.sum()), self.tokens
+        scale = torch.where(live, torch.where(live, diagonal, 1).rsqrt(), 0)
+        squares = float((self.gram.double() * scale * scale.unsqueeze(1)).square().sum())
+        if p < 2 or squares <= p:
+            return 1.0 if p > 1 else 0.0
+        return min(1.0, ((1 - 2 / p) * squares + p * p) / ((t + 1 - 2 / p) * (squares - p)))
+
+    @cached_property
+    def regular(self) -> Stats:
+        """The statistics that a fit should see: these, or if they are `deficient` ones with a Gram matrix of full rank.
+
+        That is ``(1 - s) G + s diag(G)`` with s the `shrinkage`: directions that the data does not show count as if inputs
+        were independent there, instead of not at all. Inputs that are always zero stay so.
+        """
+        if not self.deficient or self.gram is None:
+            return self
+        gram = (1 - self.shrinkage) * self.gram.double()
+        gram.diagonal().copy_(self.gram.diagonal())
+        return replace(self, gram=gram)
+
     @cached_property
     def hash(self) -> str:
         """Digest of every value, equal for equal statistics: a key for what was fitted with them."""
