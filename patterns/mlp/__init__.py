@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from recast.patterns.language import Call, Match
 from recast.patterns.linear.find import product_flops
 from recast.patterns.mlp.hidden import ACTIVATIONS, Leaf, read_hidden
+from recast.patterns.mlp.turned import misplaced
 from recast.patterns.rules import Rule, Surroundings
 from recast.patterns.sites import MLPSite, Piece, source_line
 
@@ -44,9 +45,11 @@ def _build(match: Match, around: Surroundings) -> MLPSite | str:
     site, use = pairs[0]
     if len(pairs) > 1:
         return f"its result enters a stack of {len(pairs)} matrices, which belongs to no mixture of experts known here"
-    hidden = read_hidden(use.x, around)
+    hidden = read_hidden(use.x, around, turned=True)
     if isinstance(hidden, str):
         return hidden
+    if (wrong_way := misplaced(hidden, use, around)) is not None:
+        return wrong_way
     if start not in hidden.nodes:
         return f"it enters '{site.name}' beside the hidden values, not among them"
     gate, up = _piece(hidden.gate, around), _piece(hidden.up, around)

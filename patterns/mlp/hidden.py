@@ -16,7 +16,7 @@ from recast.patterns.provenance import Origin, piece_read
 from recast.patterns.rules import Surroundings
 from recast.patterns.sites import LinearSite, NormSite, Use
 
-__all__ = ["ACTIVATIONS", "Hidden", "Leaf", "read_hidden"]
+__all__ = ["ACTIVATIONS", "CASTS", "TURNS", "VIEWS", "Hidden", "Leaf", "read_hidden"]
 
 aten = torch.ops.aten
 
@@ -28,19 +28,19 @@ ACTIVATIONS: frozenset[Any] = frozenset(
         aten.log_sigmoid.default, aten.glu.default, aten.prelu.default, aten.rrelu.default, aten.silu_backward.default,
     }
 )  # fmt: skip
-_VIEWS = {
+VIEWS = {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
     aten.squeeze.dims, aten.squeeze.default, aten.flatten.using_ints, aten.unflatten.int, aten.contiguous.default,
     aten.clone.default, aten.dropout.default, aten.native_dropout.default,
 }  # fmt: skip
-_CASTS = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default}
+CASTS = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default}
 _TAKES = {
     aten.slice.Tensor, aten.select.int, aten.narrow.default, operator.getitem, aten.split.Tensor, aten.chunk.default,
     aten.split_with_sizes.default, aten.unbind.int,
 }  # fmt: skip
 _PIECES = {aten.slice.Tensor, aten.select.int, aten.narrow.default, operator.getitem}
 _NORMS = {aten.layer_norm.default, aten.rms_norm.default}
-_TURNS = {aten.transpose.int, aten.permute.default, aten.t.default, aten.movedim.int}
+TURNS = {aten.transpose.int, aten.permute.default, aten.t.default, aten.movedim.int}
 _LIMIT = 80  # values between two products of a block
 
 
@@ -84,7 +84,9 @@ class Hidden:
     nodes: tuple[fx.Node, ...]
 
 
-def read_hidden(value: fx.Node, around: Surroundings, known: Callable[[fx.Node], bool] | None = None) -> Hidden | str:
+def read_hidden(
+    value: fx.Node, around: Surroundings, known: Callable[[fx.Node], bool] | None = None, *, turned: bool = False
+) -> Hidden | str:
     """Follow the input of a product upwards to the one or two products that it is made of.
 
     Parameters
@@ -95,8 +97,10 @@ def read_hidden(value: fx.Node, around: Surroundings, known: Callable[[fx.Node],
         Which values are products.
     known
         Values that count as constants besides weights, such as a router's.
+    turned
+        Go through transposes too; whoever asks for it has to look where the features are.
     """
-    reader = _Reader(around, known or (lambda node: False), value)
+    reader = _Reader(around, known or (lambda node: False), value, turned)
     reached = reader.leaves(value)
     if isinstance(reached, str):
         return reached
@@ -131,9 +135,11 @@ def read_hidden(value: fx.Node, around: Surroundings, known: Callable[[fx.Node],
 
 
 class _Reader:
-    def __init__(self, around: Surroundings, known: Callable[[fx.Node], bool], value: fx.Node) -> None:
+    def __init__(
+        self, around: Surroundings, known: Callable[[fx.Node], bool], value: fx.Node, turned: bool = False
+    ) -> None:
         self.around, self.known, self.run = around, known, value if _one_run(value) else None
-        self._leaf: dict[fx.Node, Leaf | None] = {}
+        self.turned = turned
         self._taken: dict[fx.Node, dict[fx.Node, None]] = {}
 
     def _norm(self, node: fx.Node) -> NormSite | None:
@@ -218,12 +224,12 @@ class _Reader:
         if product_flops(node):
             return f"'{node.name}' is a product of activations"
         target = node.target
-        if target in _TURNS:
-            return f"'{node.name}' turns dimensions between the products"
+        if target in TURNS:
+            return None if self.turned else f"'{node.name}' turns dimensions between the products"
         if (
             self._own_rows(node) is not None
             or self._norm(node) is not None
-            or target in _NORMS | _VIEWS | _CASTS | _TAKES
+            or target in _NORMS | VIEWS | CASTS | _TAKES
         ):
             return None
         if isinstance(target, torch._ops.OpOverload) and (target in ACTIVATIONS or torch.Tag.pointwise in target.tags):
@@ -236,7 +242,7 @@ class _Reader:
         at = node
         while at.op == "call_function" and not self.around.products(at) and len(path) < 12:
             operands = self._operands(at)
-            follows = at.target in _VIEWS | _CASTS | _TAKES or (at.target is aten.add.Tensor and len(operands) == 1)
+            follows = at.target in VIEWS | CASTS | _TAKES or (at.target is aten.add.Tensor and len(operands) == 1)
             if not follows or not operands:
                 return None
             path.append(at)

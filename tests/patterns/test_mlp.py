@@ -93,6 +93,50 @@ def test_block(name: str) -> None:
     assert not [m for m in result.misses if m.kind == "mlp"]
 
 
+def across(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def conv(linear: nn.Linear, x: Tensor) -> Tensor:
+    """The linear as a 1x1 convolution: of and to (batch, features, tokens)."""
+    return F.conv1d(x, linear.weight[:, :, None], linear.bias)
+
+
+def left(linear: nn.Linear, x: Tensor) -> Tensor:
+    return across(linear.weight @ across(x)) + linear.bias
+
+
+def in_rows(linear: nn.Linear, x: Tensor) -> Tensor:
+    return torch.addmm(linear.bias, x.reshape(-1, H), linear.weight.t()).view(*x.shape[:-1], W)
+
+
+TURNED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str | None]] = {
+    "turned back": (lambda m, x: m.down(F.silu(across(conv(m.up, across(x))))), None),
+    "turned back after the activation": (lambda m, x: m.down(across(F.silu(conv(m.up, across(x))))), None),
+    "weight on the left": (lambda m, x: m.down(F.gelu(left(m.up, x))), None),
+    "features in the middle": (lambda m, x: across(conv(m.down, F.gelu(conv(m.up, across(x))))), None),
+    "last one turned": (lambda m, x: across(conv(m.down, across(F.relu(m.up(x))))), None),
+    "permuted": (lambda m, x: m.down(F.relu(conv(m.up, x.permute(0, 2, 1)).permute(0, 2, 1))), None),
+    "batch and tokens swapped": (lambda m, x: m.down(F.relu(m.up(x)).transpose(0, 1)).transpose(0, 1), None),
+    "gate turned": (lambda m, x: m.down(F.silu(left(m.gate, x)) * m.up(x)), "gate"),
+    "up turned": (lambda m, x: m.down(F.silu(m.gate(x)) * across(conv(m.up, across(x)))), "gate"),
+    "both turned": (lambda m, x: m.down(across(F.silu(conv(m.gate, across(x))) * conv(m.up, across(x)))), "gate"),
+    "gate in rows, up turned": (lambda m, x: m.down(F.silu(in_rows(m.gate, x)) * left(m.up, x)), "gate"),
+    "gate cast, up turned": (lambda m, x: m.down(F.silu(m.gate(x.double().float())) * left(m.up, x)), "gate"),
+}
+
+
+@pytest.mark.parametrize("shape", [(1, H, H), (3, W, H)], ids=str)
+@pytest.mark.parametrize("name", TURNED)
+def test_block_of_turned_products(name: str, shape: tuple[int, ...]) -> None:
+    run, gate = TURNED[name]
+    result = found(Block(Spelling(run, "")), torch.randn(shape))
+    (site,) = (s for s in result.sites if isinstance(s, MLPSite))
+    pieces = [piece and piece.name for piece in (site.gate, site.up, site.down)]
+    assert pieces == [gate, "up", "down"]
+    assert not [m for m in result.misses if m.kind == "mlp"]
+
+
 def test_names_and_nodes() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -139,6 +183,21 @@ NEAR: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "hidden values leave": (shared, "is used outside of the block too"),
     "two lasts": (twice, "its result enters b and c"),
     "turned": (lambda m, x: m.b(F.relu(m.a(x)).transpose(1, 2)), "turns dimensions between the products"),
+    "turned once": (lambda m, x: m.b(F.relu(conv(m.a, across(x)))), "dimensions are turned between the products"),
+    "one of two turned": (lambda m, x: m.c(F.silu(m.a(x)) * across(m.b(x))), "turns dimensions between the products"),
+    "rows of one turned": (lambda m, x: m.c(F.silu(m.a(x)) * conv(m.b, across(x))), "are turned between the products"),
+    "rows meet other rows": (
+        lambda m, x: m.c(F.silu(m.a(x)) * across(conv(m.b, x))),
+        "turns dimensions between the products",
+    ),
+    "turned and split": (
+        lambda m, x: m.b(torch.cat(F.relu(across(conv(m.a, across(x)))).chunk(2, -1), -1)),
+        "(cat) stands between the products",
+    ),
+    "shuffled": (
+        lambda m, x: m.b(F.relu(left(m.a, x)).unflatten(-1, (3, 4)).transpose(-1, -2).flatten(-2)),
+        "turns dimensions between the products",
+    ),
     "summed": (lambda m, x: m.b(F.relu(m.a(x)).cumsum(1)), "(cumsum) stands between the products"),
     "bias first": (lambda m, x: m.b(F.relu(m.a.bias + x @ m.a.weight.T).cumsum(1)), "(cumsum) stands between"),
     "with the input": (lambda m, x: m.b(F.relu(m.a(x)) + x), "it is made of the input"),
