@@ -54,12 +54,13 @@ def refine(
     target = weight.detach().to(wide)
     metric = None if gram is None else gram.to(wide)
     size = float(target.square().sum() if metric is None else (target @ metric * target).sum())
-    if not size > 0:
+    # Below rounding there is nothing left to gain but noise.
+    if not size > 0 or data_error(weight, operator, stats) <= size * (4 * torch.finfo(weight.dtype).eps) ** 2:
         return operator
     # Without a scale of its own a tensor of zeros could not begin to move.
     groups = [{"params": [t], "lr": rate * (float(t.detach().square().mean().sqrt()) or 1e-3)} for t in held.values()]
     optimizer = torch.optim.Adam(groups)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
     best, least = None, float("inf")
     for step in range(steps + 1):
         with torch.enable_grad():
@@ -73,8 +74,9 @@ def refine(
         if reached < least:
             best, least = {name: t.detach().clone() for name, t in held.items()}, reached
         if step < steps:
+            for group, first in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = first * (1 - step / steps)
             optimizer.step()
-            decay.step()
     if best is None:
         return operator
     found = begun.with_tensors({**begun.tensors(), **best}).to(weight.dtype)

@@ -44,7 +44,7 @@ def expressions(draw: st.DrawFn, depth: int = 3) -> Form:
 
 
 @given(expressions())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_printed_form_reads_back_equal(form: Form) -> None:
     assert Form.parse(str(form)) == form
     assert hash(Form.parse(str(form))) == hash(form)

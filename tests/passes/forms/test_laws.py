@@ -7,8 +7,8 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import load, save
 from _pytest.mark.structures import ParameterSet
+from safetensors.torch import load, save
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
