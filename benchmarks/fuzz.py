@@ -1,18 +1,22 @@
 """Recognition, raising and simplifying of random programs: planted sites found or refused, numbers equal, a second run idle.
 
-    python -m benchmarks.fuzz --programs 5000 [--seed 0] [--json FILE]
+    python -m benchmarks.fuzz --programs 5000 [--seed 0] [--json FILE] [--processes 2] [--pieces FOLDER]
 
 Most programs are put together from captured pieces (see fuzz_pieces.py); one in 250 is exported as a whole and compared with
-what its pieces gave. With --json, a run that was cut short goes on where FILE ends.
+what its pieces gave. With --json, a run that was cut short goes on where FILE ends; with --pieces, with the pieces it captured.
 Exit status 1 if anything was wrong; each failure is printed with the seed that makes it again.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
+import os
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -30,7 +34,6 @@ __all__ = ["check", "examine"]
 
 SHAPES = ((2, 5), (1, 3), (3, 4))  # batch and tokens; 3 and 4 are numbers of heads as well
 WHOLE = 250  # every so many programs, one is exported as a whole
-EVERY = 250  # so many programs are prepared together
 SAVED = 25  # programs between two writings of the file
 
 
@@ -130,6 +133,10 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the first program")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the totals and every failure there")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--pieces", type=Path, metavar="FOLDER", help="keep captured pieces there; to be emptied when capture changes"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     total: dict[str, Any] = {"name": "fuzz", "first_seed": given.seed, "programs": 0, "wrong": 0, "exported_whole": 0}
@@ -138,32 +145,49 @@ def main() -> None:
         earlier = json.loads(given.json.read_text(encoding="utf-8"))
         if earlier["first_seed"] == given.seed:
             total |= earlier
-    pieces, start, spent = Pieces(), time.perf_counter(), total["seconds"]
+    start, spent = time.perf_counter(), total["seconds"]
     left = range(given.seed + total["programs"], given.seed + given.programs)
-    for seed in track(left, "fuzzing", disable=not sys.stderr.isatty()):
-        if seed % EVERY == 0 or seed == left[0]:
-            pieces.prepare(random_model(s)[0] for s in range(seed, min(left[-1], seed - seed % EVERY + EVERY - 1) + 1))
-        try:
-            row = check(seed, pieces)
-        except Exception as error:  # noqa: BLE001  # whatever it is, it is a failure of this program
-            row = {"seed": seed, "text": random_model(seed)[2], "wrong": [f"{type(error).__name__}: {error}"]}
-        _count(total, row)
-        if row["wrong"]:
-            print(f"seed {seed}: {row['text']}\n  " + "\n  ".join(row["wrong"]), flush=True)
-        total["seconds"] = round(spent + time.perf_counter() - start, 1)
-        if given.json and ((seed + 1) % SAVED == 0 or seed == left[-1]):
-            given.json.parent.mkdir(parents=True, exist_ok=True)
-            partial = given.json.with_name(given.json.name + ".partial")
-            partial.write_text(json.dumps(total, indent=1) + "\n", encoding="utf-8")
-            partial.replace(given.json)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.pieces or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        _pieces().prepare((random_model(seed)[0] for seed in left), folder, given.processes)
+    # What is captured is shared by all processes: they are forked from this one.
+    with multiprocessing.get_context("fork").Pool(given.processes) as pool:
+        rows = pool.imap(_checked, left, chunksize=5)
+        for seed, row in zip(left, track(rows, "fuzzing", len(left), disable=not sys.stderr.isatty()), strict=True):
+            _count(total, row)
+            if row["wrong"]:
+                print(f"seed {seed}: {row['text']}\n  " + "\n  ".join(row["wrong"]), flush=True)
+            total["seconds"] = round(spent + time.perf_counter() - start, 1)
+            if given.json and ((seed + 1) % SAVED == 0 or seed == left[-1]):
+                given.json.parent.mkdir(parents=True, exist_ok=True)
+                partial = given.json.with_name(given.json.name + ".partial")
+                partial.write_text(json.dumps(total, indent=1) + "\n", encoding="utf-8")
+                partial.replace(given.json)
     print(json.dumps({key: value for key, value in total.items() if key not in ("failures", "reasons")}))
     raise SystemExit(1 if total["wrong"] else 0)
+
+
+@functools.cache
+def _pieces() -> Pieces:
+    return Pieces()
+
+
+def _checked(seed: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    start = time.process_time()
+    try:
+        row = check(seed, _pieces())
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is a failure of this program
+        row = {"seed": seed, "text": random_model(seed)[2], "wrong": [f"{type(error).__name__}: {error}"]}
+    return row | {"seconds": time.process_time() - start}
 
 
 def _count(total: dict[str, Any], row: dict[str, Any]) -> None:
     total["programs"] += 1
     total["wrong"] += bool(row["wrong"])
     total["exported_whole"] += row.get("exported", False)
+    total["program_seconds"] = round(total.get("program_seconds", 0.0) + row["seconds"], 2)
     for name in ("planted", "found", "refused"):
         for kind, count in row.get(name, {}).items():
             total[name][kind] = total[name].get(kind, 0) + count

@@ -6,53 +6,45 @@ their graphs one after the other, every value with the shape that it has there.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Iterable
+import multiprocessing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from benchmarks.fuzz_capture import (
+    ACROSS,
+    STRAIGHT,
+    Key,
+    Wanted,
+    captured,
+    keep,
+    kept,
+    key_of,
+    layout_of,
+    read,
+    slots_of,
+)
 from benchmarks.fuzz_programs import WIDTH, Linear, Model
 from recast.passes.meta import Evaluator
 from recast.patterns.capture.export import capture
-from recast.patterns.linear.packing import size_hint
 from recast.patterns.program import Program, get_by_path, set_by_path
 
 __all__ = ["Pieces", "keep_as_result"]
 
 aten = torch.ops.aten
 
-Key = tuple[Any, ...]
-TOGETHER = 40  # pieces exported in one go: a call of torch.export costs as much as a dozen operations
+TOGETHER = 20  # pieces exported in one go: a call of torch.export costs as much as a dozen operations
 _LIES_ACROSS = ("conv", "left")  # spellings of a linear whose result is a transposed view
 
 
 class _Through(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return -x
-
-
-class _Several(nn.Module):
-    """Modules side by side, each with an input of its own."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.pieces = nn.ModuleList(modules)
-
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        return [piece(x) for piece, x in zip(self.pieces, xs, strict=True)]
-
-
-@dataclasses.dataclass
-class _Wanted:
-    """A module to be captured with an input of some features, in some layout."""
-
-    module: nn.Module
-    features: int
-    layout: tuple[int, ...]
 
 
 @dataclasses.dataclass
@@ -94,17 +86,26 @@ class Pieces:
         self._evaluator = Evaluator(self._base)
         self._known: dict[Key, _Piece] = {}
 
-    def prepare(self, models: Iterable[Model]) -> None:
-        """Capture what models will need, many pieces at a time; what is overlooked is captured when it is met."""
-        wanted: dict[Key, _Wanted] = {}
+    def prepare(self, models: Iterable[Model], folder: Path, processes: int = 1) -> None:
+        """Capture what models will need, many pieces at a time; what is overlooked is captured when it is met.
+
+        Captured programs are put into the folder, and taken from there by whoever wants the same pieces.
+        """
+        wanted: dict[Key, Wanted] = {}
         for model in models:
-            layout: tuple[int, ...] = _STRAIGHT
+            layout: tuple[int, ...] = STRAIGHT
             for block, residual in zip(model.blocks, model.residual, strict=True):
                 result = self._want(wanted, block, layout)
                 layout = layout if residual else result
-        keys = list(wanted)
-        for start in range(0, len(keys), TOGETHER):
-            self._capture({key: wanted[key] for key in keys[start : start + TOGETHER]})
+        known = {name for names in kept(folder).values() for name in names}
+        keys = [key for key in wanted if repr(key) not in known]
+        groups = [{key: wanted[key] for key in keys[i : i + TOGETHER]} for i in range(0, len(keys), TOGETHER)]
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            pool.starmap(keep, [(group, folder) for group in groups], chunksize=1)
+        named = {repr(key): (key, one) for key, one in wanted.items()}
+        for file, names in kept(folder).items():
+            if any(name in named for name in names):
+                self._take([named.get(name) for name in names], read(file))
 
     def program(self, model: Model) -> Program:
         """The program of a model; its weights are the model's own."""
@@ -129,24 +130,26 @@ class Pieces:
         interface = dataclasses.replace(self._base.interface, out_spec=pytree.tree_structure((0,) * len(results)))
         return Program(fx.GraphModule(root, graph, "Program"), interface, label="Model")
 
-    def _want(self, wanted: dict[Key, _Wanted], module: nn.Module, layout: tuple[int, ...]) -> tuple[int, ...]:
+    def _want(self, wanted: dict[Key, Wanted], module: nn.Module, layout: tuple[int, ...]) -> tuple[int, ...]:
         """Note a module and its linears unless they are known; gives how the result will lie in memory, or a guess."""
-        key, last = _key(module, layout), module
-        for slot in _slots(module):
+        key, last = key_of(module, layout), module
+        for slot in slots_of(module):
             last = getattr(module, slot)
-            self._want(wanted, last, _STRAIGHT if slot in ("o", "down") else layout)
+            self._want(wanted, last, STRAIGHT if slot in ("o", "down") else layout)
         if key not in self._known:
             features = module.n if isinstance(module, Linear) else WIDTH
-            wanted[key] = _Wanted(module, features, _STRAIGHT if _slots(module) else layout)
-        return _ACROSS if getattr(last, "spelling", "") in _LIES_ACROSS else _STRAIGHT
+            wanted[key] = Wanted(module, features, STRAIGHT if slots_of(module) else layout)
+        return ACROSS if getattr(last, "spelling", "") in _LIES_ACROSS else STRAIGHT
 
     def _put(self, draft: _Draft, module: nn.Module, prefix: str, x: fx.Node) -> fx.Node:
         value = x.meta["val"]
-        key = _key(module, _layout(value))
+        key = key_of(module, layout_of(value))
         if key not in self._known:
-            self._capture({key: _Wanted(module, value.shape[-1], _layout(value))})
-        piece, slots = self._known[key], _slots(module)
+            one = {key: Wanted(module, value.shape[-1], layout_of(value))}
+            self._take(list(one.items()), captured(one))
+        piece, slots = self._known[key], slots_of(module)
         placed: dict[fx.Node, fx.Node] = {}
+        moved: set[fx.Node] = set()  # what lies otherwise in memory than where the piece was captured
         for node in piece.nodes:
             first: Any = node.args[0] if node.args else None
             name = str(node.target).removeprefix(piece.prefix)
@@ -162,30 +165,45 @@ class Pieces:
                 placed[node].meta = {**node.meta, "val": piece.values[node]}
             elif (slot := _slot_of(node, slots, piece.prefix)) is not None:
                 placed[node] = self._put(draft, getattr(module, slot), f"{prefix}.{slot}", placed[first])
+                if _strides(placed[node].meta["val"]) != _strides(piece.values[node]):
+                    moved.add(node)
             elif node.target is aten.sym_size.int and first.op == "placeholder":
                 dimension: Any = node.args[1]
                 placed[node] = draft.size(dimension)
             else:
-                placed[node] = draft.graph.node_copy(node, lambda n: placed[n])
-                placed[node].meta = {**node.meta, "val": piece.values[node]}
+                copied = placed[node] = draft.graph.node_copy(node, lambda n: placed[n])
+                copied.meta = {**node.meta, "val": piece.values[node]}
+                if not moved.isdisjoint(node.all_input_nodes):
+                    copied.meta["val"] = self._moved(draft.graph, copied)
+                    if _strides(copied.meta["val"]) != _strides(piece.values[node]):
+                        moved.add(node)
         return placed[piece.result]
 
-    def _capture(self, wanted: dict[Key, _Wanted]) -> None:
-        skeletons, examples = [], []
-        for one in wanted.values():
-            skeleton = copy.deepcopy(one.module)
-            for slot in _slots(one.module):
-                whole = getattr(one.module, slot)
-                setattr(skeleton, slot, nn.Linear(whole.n, whole.m, bias=False))
-            skeletons.append(skeleton)
-            sizes = [(2, 5, one.features)[d] for d in one.layout]
-            examples.append(torch.randn(sizes).permute([one.layout.index(d) for d in range(3)]))
-        whole = capture(_Several(skeletons).eval(), (examples,))
+    def _moved(self, graph: fx.Graph, node: fx.Node) -> Any:
+        """What a value is where operands lie otherwise in memory; what can no longer be viewed is copied before, as capture does."""
+        try:
+            return self._evaluator.value(node)
+        except (RuntimeError, ValueError):
+            operand = node.args[0]
+            if node.target is not aten.view.default or not isinstance(operand, fx.Node):
+                raise
+            with graph.inserting_before(node):
+                straight = graph.call_function(
+                    aten.clone.default, (operand,), {"memory_format": torch.contiguous_format}
+                )
+            straight.meta["val"] = self._evaluator.value(straight)
+            node.update_arg(0, straight)
+            return self._evaluator.value(node)
+
+    def _take(self, wanted: Sequence[tuple[Key, Wanted] | None], whole: Program) -> None:
+        """Take the pieces that are wanted out of a program of several."""
         (output,) = whole.graph.find_nodes(op="output")
         order = {node: i for i, node in enumerate(whole.graph.nodes)}
         (given,) = self._base.inputs()
-        for i, (key, one) in enumerate(wanted.items()):
-            result = output.args[0][i]
+        for i, asked in enumerate(wanted):
+            if asked is None:
+                continue
+            (key, one), result = asked, output.args[0][i]
             inside, queue = {result}, [result]
             while queue:
                 new = [n for n in queue.pop().all_input_nodes if n not in inside]
@@ -196,7 +214,7 @@ class Pieces:
             values = self._evaluate(whole, nodes, x)
             self._known[key] = _Piece(nodes, result, whole.module, f"pieces.{i}.", values)
 
-    def _example(self, x: Any, one: _Wanted) -> Any:
+    def _example(self, x: Any, one: Wanted) -> Any:
         """An input of the whole's batch and tokens, with the features and layout of a piece."""
         sizes = [(*x.shape[:2], one.features)[d] for d in one.layout]
         with self._evaluator.mode:
@@ -236,10 +254,6 @@ def keep_as_result(program: Program, position: int) -> str:
     return str(node.name)
 
 
-def _slots(module: nn.Module) -> list[str]:
-    return [name for name, child in module.named_children() if isinstance(child, Linear)]
-
-
 def _slot_of(node: fx.Node, slots: list[str], prefix: str) -> str | None:
     """The slot whose place an operation holds."""
     if node.target is not aten.linear.default:
@@ -248,20 +262,5 @@ def _slot_of(node: fx.Node, slots: list[str], prefix: str) -> str | None:
     return name if name in slots and last == "weight" else None
 
 
-def _key(module: nn.Module, layout: tuple[int, ...]) -> Key:
-    """What tells one piece from another: the spelling, and how x lies in memory unless it enters linears alone."""
-    plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | str) and not k.startswith("_")}
-    named = {k: v.__name__ for k, v in vars(module).items() if callable(v) and hasattr(v, "__name__")}
-    slots = _slots(module)
-    held = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=not slots)}
-    sizes = [(slot, getattr(module, slot).n, getattr(module, slot).m) for slot in slots]
-    return (type(module).__name__, *sorted((plain | named | held).items()), *sizes, *(() if slots else (layout,)))
-
-
-_STRAIGHT, _ACROSS = (0, 1, 2), (0, 2, 1)
-
-
-def _layout(value: Any) -> tuple[int, ...]:
-    """Dimensions from the outermost in memory to the innermost."""
-    strides = [size_hint(stride) for stride in value.stride()]
-    return tuple(sorted(range(len(strides)), key=lambda d: -strides[d]))
+def _strides(value: Any) -> list[str]:
+    return [str(stride) for stride in value.stride()] if isinstance(value, Tensor) else []
