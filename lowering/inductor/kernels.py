@@ -43,7 +43,7 @@ def _leaf(operator: Operator) -> Packed | None:
     simple = operator.symmetric and operator.scale.shape[1] == 1
     if not simple or int(operator.values.to(torch.int32).abs().max()) > largest_exact_code():
         return plain(operator, SATURATES)
-    per_token, scale = operator.per_token, operator.scale[:, 0].float()
+    per_token, scale = operator.per_token, operator.by_row().scale[:, 0].float()
     held = {
         "values": operator.values,
         "scale": scale,

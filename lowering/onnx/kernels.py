@@ -64,14 +64,15 @@ def _blocks(held: Mapping[str, Tensor], x: Tensor) -> Tensor:
 def _quantized(operator: Quantized, accuracy_level: int) -> Packed | None:
     if operator.scale.dtype != torch.float32:
         return None
+    source, operator = operator, operator.by_row()
     if operator.activations:
         rounding = rounding_product(operator)
-        return None if rounding is None else Packed(operator, *rounding)
+        return None if rounding is None else Packed(source, *rounding)
     if operator.bits == 4:
         made = four_bit(operator, accuracy_level)
         if made is not None:
-            return Packed(operator, *made)
+            return Packed(source, *made)
     if operator.bits < 4:
         # Unpacked by standard operators, once when the session is made: the file holds two or three bits a value.
         return None
-    return Packed(operator, *dequantized(operator))
+    return Packed(source, *dequantized(operator))

@@ -31,7 +31,7 @@ class Int2(Integer):
     summary: ClassVar[str] = "2-bit integer weights in groups, packed; with rounding='gptq' or something added to it"
     bits: ClassVar[int] = 2
 
-    group: int = field(default=64, metadata={"help": "inputs that share a scale"})
+    group: int | str = field(default=64, metadata={"help": "inputs that share a scale; 'tensor': the whole matrix"})
     symmetric: bool = field(
         default=False, metadata={"help": "true: the middle code is zero; else a zero point a group"}
     )

@@ -31,7 +31,7 @@ class Int3(Integer):
     summary: ClassVar[str] = "3-bit integer weights in groups, packed; for rounding with the data"
     bits: ClassVar[int] = 3
 
-    group: int = field(default=128, metadata={"help": "inputs that share a scale"})
+    group: int | str = field(default=128, metadata={"help": "inputs that share a scale; 'tensor': the whole matrix"})
     symmetric: bool = field(
         default=False, metadata={"help": "true: the middle code is zero; else a zero point a group"}
     )

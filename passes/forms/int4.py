@@ -41,4 +41,12 @@ class Int4(Integer):
 
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:
-        return [cls(), cls(group=16), cls(group=8, symmetric=False), cls(group=100), cls(rounding="gptq")]
+        return [
+            cls(),
+            cls(group=16),
+            cls(group=8, symmetric=False),
+            cls(group=100),
+            cls(rounding="gptq"),
+            cls(group="tensor"),
+            cls(group="tensor", symmetric=False, rounding="gptq"),
+        ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.form import NamedForm
-from recast.passes.forms.integer import check_rounding
+from recast.passes.forms.integer import TENSOR, check_group, check_rounding, inputs_of_group
 from recast.passes.forms.quantized import Quantized, fit_quantized, outline_quantized
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
@@ -20,7 +20,7 @@ __all__ = ["Int8"]
 
 @dataclass(frozen=True)
 class Int8(NamedForm):
-    """One byte a value, a scale for each output channel, or for each group of its inputs.
+    """One byte a value, a scale for each output channel, for each group of its inputs, or for the whole matrix.
 
     With ``activations=true`` inputs are rounded to int8 as well, over the range found as they come ("dynamic"), and the
     product runs on integers; `apply` is then linear only up to that rounding. Each vector has a scale and zero point of its
@@ -38,7 +38,9 @@ class Int8(NamedForm):
     # Scales come from the largest value alone, data or none.
     optimal_on_data: ClassVar[bool] = True  # (with reduce_range the fit itself keeps the better scales, row by row)
 
-    group: int | None = field(default=None, metadata={"help": "inputs that share a scale; none: a whole row"})
+    group: int | str | None = field(
+        default=None, metadata={"help": "inputs that share a scale; none: a whole row, 'tensor': the whole matrix"}
+    )
     activations: bool = field(default=False, metadata={"help": "round each input vector to int8 as well"})
     per_token: bool = field(
         default=True, metadata={"help": "with activations: a scale for each vector, not one for all"}
@@ -49,8 +51,7 @@ class Int8(NamedForm):
     act_order: bool = field(default=False, metadata={"help": "gptq: round inputs of the largest mean square first"})
 
     def __post_init__(self) -> None:
-        if self.group is not None and self.group < 1:
-            raise FormError(f"int8: group is {self.group}, not positive; 128 would work")
+        check_group("int8", self.group, 128)
         if not (self.per_token or self.activations):
             raise FormError("int8: per_token=false speaks of activations, which are left alone; add activations=true")
         if self.reduce_range and not self.symmetric:
@@ -71,18 +72,21 @@ class Int8(NamedForm):
             cls(group=16, activations=True),
             cls(activations=True, symmetric=False),
             cls(activations=True, per_token=False, reduce_range=True),
+            cls(group=TENSOR),
+            cls(group=TENSOR, activations=True, symmetric=False),
         ]
 
     @classmethod
     def ladder(cls, shape: tuple[int, int]) -> list[NamedForm]:
-        return [cls(), cls(group=16), cls(group=4)]
+        return [cls(group=TENSOR), cls(), cls(group=16), cls(group=4)]
 
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Quantized:
         return outline_quantized(
             shape,
             dtype,
             bits=8,
-            group=self.group,
+            group=inputs_of_group(self.group),
+            per_tensor=self.group == TENSOR,
             symmetric=self.symmetric,
             activations=self.activations,
             per_token=self.per_token,
@@ -93,7 +97,8 @@ class Int8(NamedForm):
             weight,
             stats,
             bits=8,
-            group=self.group,
+            group=inputs_of_group(self.group),
+            per_tensor=self.group == TENSOR,
             symmetric=self.symmetric,
             reduce_range=self.reduce_range,
             activations=self.activations,

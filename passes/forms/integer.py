@@ -15,7 +15,24 @@ from recast.passes.forms.rounding import ROUNDINGS
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
-__all__ = ["Integer", "check_rounding"]
+__all__ = ["TENSOR", "Integer", "check_group", "check_rounding", "inputs_of_group"]
+
+# Said of a group: all of the matrix shares one scale.
+TENSOR = "tensor"
+
+
+def check_group(name: str, group: int | str | None, works: int) -> None:
+    """Raise FormError unless a group is a number of inputs or the whole matrix."""
+    if isinstance(group, str):
+        if group != TENSOR:
+            raise FormError(f"{name}: group is {group!r}; a number of inputs, e.g. {works}, or '{TENSOR}' would work")
+    elif group is not None and group < 1:
+        raise FormError(f"{name}: group is {group}, not positive; {works} would work")
+
+
+def inputs_of_group(group: int | str | None) -> int | None:
+    """Return how many inputs share a scale, None for all of a row."""
+    return None if isinstance(group, str) else group
 
 
 def check_rounding(name: str, rounding: str, act_order: bool) -> None:
@@ -38,14 +55,13 @@ class Integer(NamedForm):
     # Each row keeps the better of its scales, and of its roundings, with and without the data.
     optimal_on_data: ClassVar[bool] = True
 
-    group: int = field(default=32, metadata={"help": "inputs that share a scale"})
+    group: int | str = field(default=32, metadata={"help": "inputs that share a scale; 'tensor': the whole matrix"})
     symmetric: bool = field(default=True, metadata={"help": "the middle code is zero; false: a zero point a group"})
     rounding: str = field(default="nearest", metadata={"help": "'nearest', or with data 'gptq' or 'quantease'"})
     act_order: bool = field(default=False, metadata={"help": "gptq: round inputs of the largest mean square first"})
 
     def __post_init__(self) -> None:
-        if self.group < 1:
-            raise FormError(f"{self.name}: group is {self.group}, not positive; 32 would work")
+        check_group(self.name, self.group, 32)
         check_rounding(self.name, self.rounding, self.act_order)
 
     @property
@@ -57,15 +73,23 @@ class Integer(NamedForm):
         return [cls(group=64), cls(group=16), cls(group=4)]
 
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Quantized:
-        return outline_quantized(shape, dtype, bits=self.bits, group=self.group, symmetric=self.symmetric)
+        return outline_quantized(
+            shape,
+            dtype,
+            bits=self.bits,
+            group=inputs_of_group(self.group),
+            symmetric=self.symmetric,
+            per_tensor=self.group == TENSOR,
+        )
 
     def solve(self, weight: Tensor, stats: Stats | None) -> Quantized:
         return fit_quantized(
             weight,
             stats,
             bits=self.bits,
-            group=self.group,
+            group=inputs_of_group(self.group),
             symmetric=self.symmetric,
+            per_tensor=self.group == TENSOR,
             rounding=self.rounding,
             act_order=self.act_order,
         )

@@ -28,9 +28,9 @@ class Quantized(Operator):
         int8 (m, n); below eight bits uint8 (m, bytes), codes packed by `reference.pack_codes`: for four bits two a byte,
         the even input in the low half.
     scale
-        (m, groups) floating.
+        (m, groups) floating; (1, 1) where all of the matrix shares one.
     zero
-        (m, groups), int8 or below eight bits uint8; None for symmetric codes (the middle code, for four bits 8, is zero).
+        Of the same shape, int8 or below eight bits uint8; None for symmetric codes (the middle code, for four bits 8, is zero).
     bits
         2, 3, 4 or 8.
     group
@@ -61,9 +61,10 @@ class Quantized(Operator):
         reference.code_range(self.bits, self.zero is None)
         columns = reference.packed_bytes(n, self.bits)
         groups = reference.group_count(n, self.group)
-        expected = {"values": (m, columns), "scale": (m, groups)}
+        shared = self.group is None and tuple(self.scale.shape) == (1, 1)
+        expected = {"values": (m, columns), "scale": (1, 1) if shared else (m, groups)}
         if self.zero is not None:
-            expected["zero"] = (m, groups)
+            expected["zero"] = expected["scale"]
         for name, shape in expected.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"quantized: {name} has shape {tuple(getattr(self, name).shape)}, {shape} is needed")
@@ -82,6 +83,14 @@ class Quantized(Operator):
     def symmetric(self) -> bool:
         """Whether the codes have no zero point."""
         return self.zero is None
+
+    def by_row(self) -> Quantized:
+        """Return the same weight with a scale for each row also where one stands for the whole matrix, as kernels take it."""
+        m = self.full_shape[0]
+        if self.scale.shape[0] == m:
+            return self
+        zero = None if self.zero is None else self.zero.expand(m, 1).contiguous()
+        return replace(self, scale=self.scale.expand(m, 1).contiguous(), zero=zero)
 
     def apply(self, x: Tensor) -> Tensor:
         if not self.activations:
@@ -166,8 +175,11 @@ def fit_quantized(
     reduce_range: bool = False,
     rounding: str = "nearest",
     act_order: bool = False,
+    per_tensor: bool = False,
 ) -> Quantized:
     """Round a weight (m, n) to integers, choosing each group's scale for the least error.
+
+    With `per_tensor` (and no group) one scale is chosen for all of the matrix.
 
     With statistics, errors are weighted by the mean square of each input when scales are chosen, and each row keeps
     those scales only if they are the better ones under the whole Gram matrix: never worse on the data than without
@@ -182,6 +194,8 @@ def fit_quantized(
     if gram is not None and coarse:
         importance = gram.diagonal().clamp_min(0)
         importance = importance / importance.mean().clamp_min(torch.finfo(importance.dtype).tiny)
+    if per_tensor:
+        shared = _scale_of_all(weight, gram, importance, bits, symmetric, reduce_range)
     parts = []
     step = max(1, _SLAB // n)
     for start in range(0, m, step):
@@ -189,15 +203,21 @@ def fit_quantized(
         # The scales are at least float32, whatever the weight is.
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         weightings = [None] if importance is None else [None, importance]
-        (scale, zero), *other = _scales(rows, bits, group, symmetric, weightings, reduce_range)
-        if other:
-            scale, zero = _better(rows, gram, bits, group, (scale, zero), other[0], reduce_range)
+        if per_tensor:
+            scale, zero = shared
+        else:
+            (scale, zero), *other = _scales(rows, bits, group, symmetric, weightings, reduce_range)
+            if other:
+                scale, zero = _better(rows, gram, bits, group, (scale, zero), other[0], reduce_range)
         values = reference.quantize(rows, scale, zero, bits=bits, group=group, reduce_range=reduce_range)
         parts.append((values, scale, zero))
     values = torch.cat([values for values, _, _ in parts])
-    scale = torch.cat([scale for _, scale, _ in parts])
-    zeros = [zero for _, _, zero in parts if zero is not None]
-    zero = torch.cat(zeros) if zeros else None
+    if per_tensor:
+        scale, zero = shared
+    else:
+        scale = torch.cat([scale for _, scale, _ in parts])
+        zeros = [zero for _, _, zero in parts if zero is not None]
+        zero = torch.cat(zeros) if zeros else None
     if rounding != "nearest" and gram is not None:
         values, scale, zero = _compensated(
             weight, gram, values, scale, zero, bits, group, rounding, act_order, reduce_range, importance
@@ -252,6 +272,8 @@ def _compensated(
     new_zero = None if zero is None else offsets.T.to(zero.dtype).contiguous()
     codes = reference.quantize(found, new_scale, new_zero, bits=bits, group=group, reduce_range=reduce_range)
     take = take.unsqueeze(1)
+    if len(scale) < len(weight):  # one for all rows, which no rounding has changed
+        return torch.where(take, codes, values), scale, zero
     return (
         torch.where(take, codes, values),
         torch.where(take, new_scale, scale),
@@ -314,6 +336,53 @@ def _scales(
     return [_finish(found, bits) for found in best]
 
 
+def _scale_of_all(
+    weight: Tensor,
+    gram: Tensor | None,
+    importance: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    reduce_range: bool,
+) -> _Scales:
+    """Choose one scale and zero point for a whole matrix, (1, 1), as `_scales` does for groups, a slab of rows at a time."""
+    n, wide = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
+    low, high = reference.code_range(bits, symmetric, reduce_range)
+    top, bottom = weight.amax().to(wide).clamp_min(0), weight.amin().to(wide).clamp_max(0)
+    if symmetric:
+        top = torch.maximum(top, -bottom)
+        bottom = -top
+    whole = ((top / high) if symmetric else (top - bottom) / (high - low)).reshape(1, 1)
+    tried = []
+    for shrink in _SHRINK if bits < 8 or reduce_range else (1.0,):
+        step = whole * shrink
+        tried.append(_finish((step, _zero(bottom.reshape(1, 1) * shrink, step, low, high, symmetric)), bits))
+    if len(tried) == 1:
+        return tried[0]
+
+    def errors(candidates: Sequence[_Scales], measures: Sequence[Tensor | None]) -> list[list[float]]:
+        """Squared error of each candidate, by weights of the inputs or under a Gram matrix."""
+        total = [[0.0] * len(candidates) for _ in measures]
+        for rows in weight.split(max(1, _SLAB // n)):  # type: ignore[no-untyped-call]
+            rows = rows.to(wide)
+            for i, (scale, zero) in enumerate(candidates):
+                found = reference.rounded(rows, scale, zero, bits=bits, group=None, reduce_range=reduce_range)
+                gap = rows - found
+                for sums, measure in zip(total, measures, strict=True):
+                    if measure is not None and measure.dim() == 1:
+                        sums[i] += float((gap.double().square().sum(0) * measure).sum())
+                    else:
+                        sums[i] += float(row_errors(gap, measure).sum())
+        return total
+
+    weightings = [None] if importance is None else [None, importance]
+    best = [min(range(len(tried)), key=found.__getitem__) for found in errors(tried, weightings)]
+    if best[0] == best[-1]:
+        return tried[best[0]]
+    pair = [tried[best[0]], tried[best[1]]]
+    ((first, second),) = errors(pair, [gram])
+    return pair[second < first]
+
+
 def _zero(bottom: Tensor, scale: Tensor, low: int, high: int, symmetric: bool) -> Tensor | None:
     if symmetric:
         return None
@@ -353,15 +422,16 @@ def outline_quantized(
     symmetric: bool,
     activations: bool = False,
     per_token: bool = True,
+    per_tensor: bool = False,
 ) -> Quantized:
     """Return what `fit_quantized` would make, on the meta device."""
     m, n = shape
-    groups = reference.group_count(n, group)
+    scales = (1, 1) if per_tensor else (m, reference.group_count(n, group))
     code = torch.int8 if bits == 8 else torch.uint8
     return Quantized(
         torch.empty(m, reference.packed_bytes(n, bits), dtype=code, device="meta"),
-        torch.empty(m, groups, dtype=torch.promote_types(dtype, torch.float32), device="meta"),
-        None if symmetric else torch.empty(m, groups, dtype=code, device="meta"),
+        torch.empty(scales, dtype=torch.promote_types(dtype, torch.float32), device="meta"),
+        None if symmetric else torch.empty(scales, dtype=code, device="meta"),
         bits,
         group,
         shape,
