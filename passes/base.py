@@ -53,6 +53,8 @@ class Context:
         Whether to gather what only the report's pictures need (spectra).
     notes
         ``{pass name: what it did}``, filled by the passes.
+    jobs
+        How many sites are fitted at a time; None for one after another on all cores.
     """
 
     plan: Plan
@@ -61,6 +63,7 @@ class Context:
     progress: bool | None = None
     pictures: bool = True
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    jobs: int | None = None
     _ran: list[tuple[Program, list[Any]]] = dataclasses.field(default_factory=list, init=False, repr=False)
 
     def outputs(self, program: Program, run: Callable[[], Sequence[Any]]) -> list[Any]:

@@ -13,7 +13,7 @@ from recast.passes.decided import Entry, Plan, Skip
 from recast.passes.forms.form import Form
 from recast.passes.forms.shared import divided, groups_of
 from recast.passes.forms.stats import Stats
-from recast.passes.progress import track
+from recast.passes.parallel import check_jobs, mapped
 from recast.passes.recipe import Recipe, name_matches
 from recast.patterns.constants import Constants
 from recast.patterns.errors import CoverageError, FormError, PlanError, nearest
@@ -56,6 +56,7 @@ def plan(
     *,
     cache: OperatorCache | None = None,
     progress: bool | None = None,
+    jobs: int | None = None,
 ) -> Plan:
     """Decide on a form for every site, with predicted error and cost; nothing is rewritten yet.
 
@@ -71,6 +72,9 @@ def plan(
         Where fitted operators are kept; by default on disk.
     progress
         Show a progress bar; by default on a terminal.
+    jobs
+        Fit so many sites at a time, each on one core; by default one after another on all cores. Interrupted fitting goes on
+        where it stopped, for fits that were done are in the cache.
 
     Returns
     -------
@@ -91,6 +95,7 @@ def plan(
     >>> recast.plan(program, "int8").entries["0"].bytes_after
     4352
     """
+    check_jobs(jobs)
     asked = Recipe.of(recipe)
     if calibration is not None:
         calibration.check(program)
@@ -105,12 +110,17 @@ def plan(
     entries: dict[str, Entry] = {}
     options: dict[str, list[Entry]] = {}
     spare = len(asked.candidates) if asked.budget is not None else 0
-    for names in track(fitted_apart({name: forms[0] for name, forms in wanted.items()}, targets), "fitting", progress):
+
+    def measured(names: list[str]) -> list[list[Entry]]:
         if len(names) > 1:
-            entries_of = _measure(names, wanted[names[0]][0], targets, cache)
-            options.update({name: [entry] for name, entry in zip(names, entries_of, strict=True)})
-        else:
-            options[names[0]] = _measured(names[0], wanted[names[0]], targets, cache, spare)
+            return [[entry] for entry in _measure(names, wanted[names[0]][0], targets, cache)]
+        return [_measured(names[0], wanted[names[0]], targets, cache, spare)]
+
+    together = fitted_apart({name: forms[0] for name, forms in wanted.items()}, targets)
+    for names, found in zip(
+        together, mapped(measured, together, jobs=jobs, label="fitting", progress=progress), strict=True
+    ):
+        options.update(zip(names, found, strict=True))
     chosen = _decide(options, targets, asked)
     for name, entry in chosen.items():
         if isinstance(entry, Skip):

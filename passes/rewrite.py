@@ -11,6 +11,7 @@ from recast.passes.base import Context, Pipeline, Soundness, discover
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration
 from recast.passes.failure import verify
+from recast.passes.parallel import check_jobs
 from recast.passes.plan import Plan
 from recast.passes.report import Report, fidelity
 from recast.passes.verify import inputs_of
@@ -41,6 +42,7 @@ def rewrite(
     progress: bool | None = None,
     pictures: bool = True,
     measure: bool = True,
+    jobs: int | None = None,
 ) -> Program:
     """Carry a plan out.
 
@@ -62,6 +64,8 @@ def rewrite(
         Gather what the report's pictures need; False saves a little time.
     measure
         Run the whole program before and after, to measure the error of its outputs.
+    jobs
+        Fit what is not fitted yet so many sites at a time, each on one core; see `recast.plan`.
 
     Returns
     -------
@@ -83,6 +87,7 @@ def rewrite(
     >>> rewritten.report.rows[0].form
     'int8'
     """
+    check_jobs(jobs)
     calibration = calibration or plan.calibration
     _check(program, plan, calibration)
     pipeline = pipeline_for(plan)
@@ -92,7 +97,7 @@ def rewrite(
             f"rewrite: {program.label} was captured in training mode, where dropout and batch statistics would be frozen in; "
             "call model.eval() before recast.capture"
         )
-    context = Context(plan, calibration, cache or OperatorCache.default(), progress, pictures)
+    context = Context(plan, calibration, cache or OperatorCache.default(), progress, pictures, jobs=jobs)
     current = program
     passes: dict[str, dict[str, Any]] = {}
     for step in pipeline.passes:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, fx
 
 from recast.passes.base import Context, Pass, Soundness
+from recast.passes.cache import Fitted
 from recast.passes.dead import remove_dead
 from recast.passes.forms.algebra import RowStack
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.shared import divided
 from recast.passes.meta import propagate
 from recast.passes.module import OperatorModule
+from recast.passes.parallel import mapped
 from recast.passes.plan import Target, fitted_apart, targets_of
 from recast.passes.progress import track
 from recast.passes.report import SiteRow
@@ -54,7 +56,14 @@ class ApplyForms(Pass):
             site = dataclasses.replace(site, name=name, uses=(use,))
             targets.update(targets_of([site], constants, context.calibration))
         forms = {name: entry.form for name, entry in context.plan.entries.items() if name in targets}
-        together = {name: names for names in fitted_apart(forms, targets) for name in names}
+        apart = fitted_apart(forms, targets)
+        together = {name: names for names in apart for name in names}
+        if context.jobs is not None:
+
+            def fit(names: list[str]) -> None:
+                _fits([targets[name] for name in names], context)
+
+            mapped(fit, apart, jobs=context.jobs, label="fitting", progress=context.progress)
         rows: list[SiteRow] = []
         taken: set[str] = set()
         for name, nodes in track(list(marked.items()), "rewriting", context.progress):
@@ -128,9 +137,7 @@ def _order(target: Target) -> Tensor | None:
 
 def _fit(target: Target, members: list[Target], context: Context, rows: list[SiteRow]) -> Operator:
     entry = context.plan.entries[target.name]
-    fits = context.cache.fit_together(
-        [m.matrix for m in members], entry.form, [m.stats for m in members], where=[m.name for m in members]
-    )
+    fits = _fits(members, context)
     position = members.index(target)
     fitted = fits[position]
     row = SiteRow.of(entry, target.matrix, fitted, pictures=context.pictures)
@@ -139,3 +146,10 @@ def _fit(target: Target, members: list[Target], context: Context, rows: list[Sit
         row = dataclasses.replace(row, bytes_after=row.bytes_after + row.bytes_before)
     rows.append(row)
     return fitted.operator
+
+
+def _fits(members: list[Target], context: Context) -> list[Fitted]:
+    """Fitted operators of sites that are fitted together, most often of one."""
+    form = context.plan.entries[members[0].name].form
+    matrices, stats = [m.matrix for m in members], [m.stats for m in members]
+    return context.cache.fit_together(matrices, form, stats, where=[m.name for m in members])

@@ -214,6 +214,10 @@ def optimize(
     ] = None,
     batch_size: BatchOption = 8,
     limit: LimitOption = 256,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", min=1, help="Fit so many sites at a time, each on one core.", show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -235,6 +239,7 @@ def optimize(
         batch_size=batch_size,
         limit=limit,
         force=force,
+        jobs=jobs,
     )
     report = optimize_model(request, _say)
     if as_json:

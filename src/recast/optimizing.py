@@ -42,6 +42,7 @@ class Request:
     batch_size: int = 8
     limit: int | None = 256
     force: bool = False
+    jobs: int | None = None
 
     def asked(self) -> Recipe:
         """The recipe with what the options add."""
@@ -87,14 +88,14 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
         statistics.save(request.save_statistics)
     cache = OperatorCache.default()
     if ready is None:
-        ready = plan(program, recipe, statistics, cache=cache)
+        ready = plan(program, recipe, statistics, cache=cache, jobs=request.jobs)
     else:
         covered = coverage(program)
         check_coverage(covered.fraction, recipe.min_coverage, covered)
     if request.save_plan is not None:
         ready.save(request.save_plan)
     say("rewriting and verifying")
-    rewritten = rewrite(program, ready, calibration=statistics, cache=cache)
+    rewritten = rewrite(program, ready, calibration=statistics, cache=cache, jobs=request.jobs)
     say(f"lowering to {request.target}")
     artifact = lower(rewritten, request.target)
     say(f"running it on {request.target}, beside the eager program")
