@@ -39,18 +39,19 @@ def find_linear(program: Program, constants: Constants | None = None) -> tuple[l
 
 
 def _find(program: Program, constants: Constants) -> tuple[list[LinearSite], list[Mismatch]]:
-    grouped: dict[Any, list[Use]] = {}
+    grouped: dict[Any, tuple[Matrix, list[Use]]] = {}
     missed: list[Mismatch] = []
     for node in program.graph.nodes:
         found = spell(node, constants) if node not in constants else None  # a product of weights is itself a weight
         if isinstance(found, Use):
             for use in _single_matrices(_with_following_bias(found, constants)):
-                grouped.setdefault(matrix_of(use, constants).place, []).append(use)
+                matrix = matrix_of(use, constants)
+                grouped.setdefault(matrix.place, (matrix, []))[1].append(use)
         elif found is not None:
             missed.append(_mismatch(node, found, constants))
     names: dict[str, int] = {}
     parts: dict[Any, tuple[Part, ...]] = {}
-    sites = [_site(uses, constants, names, parts) for uses in grouped.values()]
+    sites = [_site(matrix, uses, constants, names, parts) for matrix, uses in grouped.values()]
     return _mark_tied(sites, program, constants), missed
 
 
@@ -144,19 +145,17 @@ def as_matrix(value: Tensor, use: Use) -> Tensor:
 def product_flops(node: fx.Node) -> int:
     """Floating point operations of a product at the captured example's shapes; 0 for other nodes."""
     value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, Tensor):
+    if not is_product(node) or not isinstance(value, Tensor):
         return 0
     out = math.prod(size_hint(s) for s in value.shape)
     target, args = node.target, node.args
     if target is aten.scaled_dot_product_attention.default:
         q, k, v = (_sizes(a) for a in args[:3])
         return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
-    if target in (aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.mv.default):
+    if target in _FIRST or is_grouped(target):
         return 2 * out * _sizes(args[0])[-1]
-    if target in (aten.addmm.default, aten.baddbmm.default):
+    if target in _SECOND:
         return 2 * out * _sizes(args[1])[-1]
-    if is_grouped(target):
-        return 2 * out * _sizes(args[0])[-1]
     if target is aten.einsum.default:
         shapes = [_sizes(a) for a in args[1]]  # type: ignore[union-attr]
         terms = einsum_letters(str(args[0]), tuple(map(len, shapes)))
@@ -164,11 +163,29 @@ def product_flops(node: fx.Node) -> int:
         for term, shape in zip(terms, shapes, strict=False):
             sizes.update({d: max(s, sizes.get(d, 1)) for d, s in zip(term, shape, strict=True)})
         return 2 * math.prod(sizes.values())
-    if "conv" in str(getattr(target, "_opname", "")):
-        # Transposed ones (weight: in, out, ...) spread each input over the kernel, others gather each output from it.
-        transposed = "transpose" in target._opname  # type: ignore[union-attr]
-        return 2 * (math.prod(_sizes(args[0])) if transposed else out) * math.prod(_sizes(args[1])[1:])
-    return 0
+    # Transposed convolutions (weight: in, out, ...) spread each input over the kernel, others gather each output from it.
+    transposed = "transpose" in target._opname  # type: ignore[union-attr]
+    return 2 * (math.prod(_sizes(args[0])) if transposed else out) * math.prod(_sizes(args[1])[1:])
+
+
+_FIRST = (aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.mv.default)
+_SECOND = (aten.addmm.default, aten.baddbmm.default)
+_OTHERS = (aten.scaled_dot_product_attention.default, aten.einsum.default)
+# Answers by operation, as in `is_grouped`.
+_known: dict[int, tuple[Any, bool]] = {}
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a node multiplies matrices, or gathers or spreads by a kernel."""
+    if node.op != "call_function":
+        return False
+    target: Any = node.target
+    found = _known.get(id(target))
+    if found is None or found[0] is not target:
+        named = "conv" in str(getattr(target, "_opname", ""))
+        answer = named or target in _FIRST or target in _SECOND or target in _OTHERS or is_grouped(target)
+        found = _known[id(target)] = (target, answer)
+    return found[1]
 
 
 def _sizes(operand: Any) -> list[int]:
@@ -218,11 +235,14 @@ def _expression(node: fx.Node) -> str:
 
 
 def _site(
-    uses: list[Use], constants: Constants, names: dict[str, int], parts: dict[Any, tuple[Part, ...]]
+    matrix: Matrix,
+    uses: list[Use],
+    constants: Constants,
+    names: dict[str, int],
+    parts: dict[Any, tuple[Part, ...]],
 ) -> LinearSite:
     first = uses[0]
     weights = constants.sources[first.weight]
-    matrix = matrix_of(first, constants)
     name = site_name(first, weights[0])
     names[name] = names.get(name, 0) + 1
     if names[name] > 1:  # the same parameter used as another matrix, a transpose for instance

@@ -32,9 +32,17 @@ _NAMED = {
 Dim = tuple[str, int]  # ("row", k): dimension k of the numbers; ("weight", k): of the weight; ("one", 0): of size 1
 
 
+# What was answered for an operation, which is kept so that no other takes its identity: it is asked of every node, and torch
+# spells and hashes operations in Python.
+_known: dict[int, tuple[Any, bool]] = {}
+
+
 def is_grouped(target: Any) -> bool:
     """Whether an operation multiplies runs of rows by a matrix each."""
-    return isinstance(target, torch._ops.OpOverload) and str(target) in _GROUPED
+    found = _known.get(id(target))
+    if found is None or found[0] is not target:
+        found = _known[id(target)] = (target, isinstance(target, torch._ops.OpOverload) and str(target) in _GROUPED)
+    return found[1]
 
 
 def grouped(node: fx.Node, constants: Constants) -> Use | str:

@@ -107,7 +107,9 @@ def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for every input; asking adds no guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return a is b or statically_known_true(a == b)
+    if a is b or (isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr == b.node.expr):
+        return True
+    return statically_known_true(a == b)
 
 
 def _statistic(match: Match, value: Any, features: int) -> str:
