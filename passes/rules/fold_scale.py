@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from recast.passes.exact import Edit, ExactPass
-from recast.passes.follow import is_cast, moves, ranges_of, sinks_of
+from recast.passes.follow import is_cast, moves, origin_of, ranges_of, sinks_of
 from recast.passes.structures import SDPA, arguments, number_of
 from recast.patterns.derivation import Derivation
 from recast.patterns.sites import LinearSite, Use
@@ -163,7 +163,7 @@ def _closed(edit: Edit, cone: _Cone, root: fx.Node) -> bool:
             return False
     for node in cone.inner:
         strays = [u for u in node.users if u is not root and u not in cone.inner]
-        if strays and not moves(node):  # movements were judged by rows
+        if strays and not (moves(node) and origin_of(node) in cone.leaves):  # movements of linears were judged by rows
             cone.reason = f"'{strays[0].name}' reads '{node.name}' without the factor"
             return False
     return True

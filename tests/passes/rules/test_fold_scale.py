@@ -98,6 +98,34 @@ def test_a_query_that_is_read_unscaled_too_is_refused() -> None:
     assert "reads 'q' without the factor" in reasons(after)
 
 
+class Between(nn.Module):
+    """A query that something stands before, so that its movements are none of the linear alone."""
+
+    def __init__(self, what: str, packed: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.qk = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 24)
+        self.what, self.packed = what, packed
+
+    def between(self, x: Tensor) -> Tensor:
+        return x.to(torch.float32).to(x.dtype) if self.what == "cast" else -x
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.packed:
+            q, k = self.between(self.qk(x)).split(12, -1)
+            return (torch.softmax((q @ k.transpose(1, 2)) * 0.3, -1) @ x,)
+        q = self.between(self.q(x)).view(*x.shape[:2], 3, 4)
+        scores = q.transpose(1, 2) @ self.k(x).view(*x.shape[:2], 3, 4).permute(0, 2, 3, 1)
+        return torch.softmax(scores * 0.3, -1), q
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("what", ["cast", "negated"])
+def test_what_is_read_behind_something_else_is_refused(what: str, packed: bool) -> None:
+    _, after = simplified(randomise(Between(what, packed)), inputs(), "fold_scale")
+    assert not done(after)
+    assert "without the factor" in reasons(after)
+
+
 class Fused(nn.Module):
     def __init__(self, scale: float | None = None) -> None:
         super().__init__()
