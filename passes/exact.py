@@ -16,12 +16,14 @@ from recast.patterns.constants import Constants
 from recast.patterns.derivation import Derivation
 from recast.patterns.errors import RecastError
 from recast.patterns.linear.find import find_linear
+from recast.patterns.memo import remembered
 from recast.patterns.program import Program, set_by_path
 from recast.patterns.sites import LinearSite, Mismatch, Use, source_line
 
 __all__ = ["Edit", "ExactPass", "Note", "call"]
 
 aten = torch.ops.aten
+_COPY, _UNTOUCHED = "copy to be changed", "untouched"  # what a program's memory is asked for
 _ROUNDS = 200  # far beyond any chain of rewrites; a pass that undoes its own work would run for ever
 
 
@@ -63,7 +65,7 @@ class Edit:
     """
 
     def __init__(self, program: Program, label: str) -> None:
-        self.program, self.label = program.copy(), label
+        self.program, self.label = _copy_to_change(program), label
         self.graph = self.program.graph
         self.position = {node: i for i, node in enumerate(self.graph.nodes)}
         self.weights = dict(self.program.weights)
@@ -273,6 +275,25 @@ class Edit:
         return program.copy()  # holds what the graph reads and nothing else
 
 
+def _copy_to_change(program: Program) -> Program:
+    """A copy of a program: the one that an edit before left as it was, with what is known of it, or a new one.
+
+    Most passes find nothing to do in most programs; copying, and finding linears again, takes longer than they do.
+    """
+
+    def made() -> tuple[Program, object]:
+        copied = program.copy()
+        return copied, remembered(copied, _UNTOUCHED, object)
+
+    copied, mark = remembered(program, _COPY, made)
+    if remembered(copied, _UNTOUCHED, object) is not mark:
+        del program.memory[_COPY]
+        copied, _ = remembered(program, _COPY, made)
+    copied.aliases, copied.notes = dict(program.aliases), list(program.notes)
+    copied.derived, copied.dropped = dict(program.derived), dict(program.dropped)
+    return copied
+
+
 _RESHAPES = {
     aten.view.default,
     aten.reshape.default,
@@ -308,6 +329,7 @@ class ExactPass(Pass):
                 context.notes[str(self)] = note
                 return program.copy() if current is program else current
             note.done += edit.done
+            current.memory.pop(_COPY, None)  # it is no copy any more, and holds new weights
             current = edit.finish()
         raise RecastError(
             f"{self.name}: still changing {current.label} after {_ROUNDS} rounds; this is a defect of the pass"
