@@ -27,6 +27,18 @@ def tiny(kind: str, **more: Any) -> nn.Module:
     return randomise(AutoModel.from_config(config, attn_implementation="eager" if kind == "llama" else "sdpa"))
 
 
+def test_a_pass_takes_the_copy_that_was_left_as_it_was() -> None:
+    program = recast.capture(nn.Linear(3, 4).eval(), (torch.randn(2, 3),))
+    first, second = Edit(program, "first"), Edit(program, "second")
+    assert first.program is second.program is not program
+    (product,) = (use.node for site in second.sites for use in site.uses)
+    with second.graph.inserting_after(product):
+        second.graph.call_function(torch.ops.aten.neg.default, (product,))
+    third = Edit(program, "third")
+    assert third.program is not second.program
+    assert str(third.program) == str(program)
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_model_of_transformers(kind: str) -> None:
     model = tiny(kind)
