@@ -99,7 +99,7 @@ def layer_norm_of(node: fx.Node) -> LayerNorm | str | None:
         return "it normalises over several dimensions"
     if node.target is norms.layer_norm:
         x, weight, bias = _operands(node)
-        size = fixed_size(x.meta["val"].shape[-1])
+        size = fixed_size(node.meta["val"].shape[-1])
         if node.kwargs.get("axes", 1) != 1 or size is None:
             return "it normalises over several dimensions"
         return LayerNorm(node, x, size, weight, bias, float(node.kwargs["eps"]))  # type: ignore[arg-type]
@@ -141,7 +141,9 @@ def affine_of(node: fx.Node, edit: Edit) -> Affine | None:
     if vector not in edit.constants or x in edit.constants:
         return None
     size = _vector(vector)
-    value, source = node.meta["val"], x.meta["val"]
+    value, source = node.meta["val"], x.meta.get("val")
+    if source is None:  # made by the edit at work; the next call sees what it is
+        return None
     if size is None or size < 2 or fixed_size(source.shape[-1]) != size or value.dtype != source.dtype:
         return None
     if value.ndim != source.ndim or not value.is_floating_point():

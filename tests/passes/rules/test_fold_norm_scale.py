@@ -81,6 +81,25 @@ def test_a_norm_that_is_a_result_stays() -> None:
     assert not done(after)
 
 
+class Between(nn.Module):
+    """A product that is a result itself, shifted before and behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = nn.Parameter(torch.ones(6)), nn.Parameter(torch.ones(6))
+        self.a = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a(x + self.before)
+        return y, y + self.behind
+
+
+def test_a_shift_behind_a_linear_that_took_one() -> None:
+    _, after = simplified(randomise(Between()), inputs(), "fold_norm_scale")
+    assert done(after) == ["before -> a"]
+    assert "gives it back as a result" in reasons(after)
+
+
 class TiedHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
