@@ -306,7 +306,7 @@ class NamedForm(Form):
     def __str__(self) -> str:
         given = [
             f"{f.name}={_literal(getattr(self, f.name))}"
-            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            for f in sorted(dataclasses.fields(self), key=lambda f: bool(f.kw_only))  # type: ignore[arg-type]
             if getattr(self, f.name) != f.default
         ]
         return f"{self.name}({', '.join(given)})" if given else self.name

@@ -28,7 +28,7 @@ class SharedForm(NamedForm):
     Which matrices make a group is read from the names of their sites, by `groups_of`.
     """
 
-    group: int | None = field(default=None, kw_only=True, metadata={"help": "matrices in a group; none: all of them"})
+    group: int = field(default=0, kw_only=True, metadata={"help": "matrices in a group; 0: all of them"})
     across: str = field(
         default="layers",
         kw_only=True,
@@ -38,8 +38,10 @@ class SharedForm(NamedForm):
     shares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.group is not None and self.group < 1:
-            raise FormError(f"{self.name}: group is {self.group}, not positive; 2 would share between two layers")
+        if self.group < 0:
+            raise FormError(
+                f"{self.name}: group is {self.group}, negative; 2 would share between two layers, 0 among all"
+            )
         if self.across not in ACROSS:
             raise FormError(f"{self.name}: across is {self.across!r}; {nearest(self.across, ACROSS)}")
 

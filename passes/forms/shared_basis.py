@@ -46,7 +46,7 @@ class SharedBasis(SharedForm):
 
     rank: int | None = field(default=None, metadata={"help": "the inner size k"})
     ratio: float | None = field(default=None, metadata={"help": "share of the group's parameters kept"})
-    group: int | None = field(default=2, kw_only=True, metadata={"help": "matrices in a group; none: all of them"})
+    group: int = field(default=2, kw_only=True, metadata={"help": "matrices in a group; 0: all of them"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +64,7 @@ class SharedBasis(SharedForm):
 
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:
-        return [cls(rank=max(1, min(shape) // 4)), cls(rank=min(shape), group=None)]
+        return [cls(rank=max(1, min(shape) // 4)), cls(rank=min(shape), group=0)]
 
     @classmethod
     def ladder(cls, shape: tuple[int, int]) -> list[NamedForm]:

@@ -95,9 +95,9 @@ def test_atoms_are_the_leading_components_of_the_matrices_as_vectors() -> None:
     assert_close(inner.double(), torch.eye(2, dtype=torch.float64), terms=9 * 14, factor=64)
 
 
-@pytest.mark.parametrize("text", ["shared_atoms(2)", "shared_atoms(1, rank=3)", "shared_basis(5, group=none)"])
+@pytest.mark.parametrize("text", ["shared_atoms(2)", "shared_atoms(1, rank=3)", "shared_basis(5)"])
 def test_fitted_on_data_a_group_is_better_there_and_never_worse(text: str) -> None:
-    form = Form.parse(text.replace(", group=none", ""))
+    form = Form.parse(text)
     weights, stats = weights_of(4, 18, 12), stats_of(4, 12)
 
     def total(operators: list[recast.Operator]) -> float:
@@ -199,7 +199,7 @@ def test_shared_forms_where_they_cannot_stand() -> None:
     for text in ("shared_atoms(2) + low_rank(2)", "diagonal @ shared_basis(4)", "low_rank(4) | shared_basis(2)"):
         with pytest.raises(FormError, match=r"stands alone or left of|would share factors"):
             Form.parse(text)
-    for text in ("shared_atoms(0)", "shared_basis(4, group=0)", "shared_basis(4, across='layer')", "shared_basis"):
+    for text in ("shared_atoms(0)", "shared_basis(4, group=-1)", "shared_basis(4, across='layer')", "shared_basis"):
         with pytest.raises(FormError):
             Form.parse(text)
 
