@@ -123,6 +123,7 @@ class Artifact:
             if self.lowering.stores_program:
                 data["program"], tensors = program_to(self.program)
                 save_file(tensors, folder / "weights.safetensors")
+                _readable(folder / "weights.safetensors")
             else:
                 data["interface"] = _interface_to(self.interface)
             self.lowering.write(folder)
@@ -206,6 +207,13 @@ def writing_folder(directory: str | os.PathLike[str], *, force: bool = False) ->
         raise ArtifactError(f"artifact: '{directory}' cannot be written: {error}; nothing was left behind") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _readable(path: Path) -> None:
+    """Give a file the permissions that any new file has; safetensors makes its own readable by the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def check_writable(target: Path, *, force: bool = False) -> None:

@@ -161,6 +161,10 @@ def comparison_table(
     columns += [("coverage", "right")] if covered else []
     table = _table(title, columns)
     failures = []
+    several = [row for row in rows if len(row.get("outputs") or ()) > 1]
+    if several:
+        places = ", ".join(f"{row['fidelity']['output']} of {row['name']}" for row in several)
+        failures.append(_text(f"of several outputs the one with the largest error is shown: {places}", "dim"))
     for row in rows:
         if row.get("error"):
             failures.append(_text(f"{row['name']} ({row['target']}): {row['error']}", "yellow"))

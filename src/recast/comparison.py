@@ -108,7 +108,9 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Rows ``name, target, bytes, milliseconds, fidelity``, the first model being the reference.
 
-    A model that fails on the data gets a row with ``error`` in place of figures.
+    ``fidelity`` is that of the floating output with the largest relative error; where there are several, it has its position
+    as ``output``, and ``outputs`` has all of them. A model that fails on the data gets a row with ``error`` in place of
+    figures.
 
     Raises
     ------
@@ -122,13 +124,13 @@ def compare(
         row: dict[str, Any] = {"name": model.label, "target": model.target, "bytes": model.nbytes}
         row |= {"milliseconds": None, "fidelity": {}}
         rows.append(row)
-        agreement = Agreement()
+        agreements: list[Agreement] = []
         try:
             for i, batch in enumerate(batches):
                 found = [t for t in model.run(batch) if t.is_floating_point()]
                 if not position:
                     reference.append(found)
-                _agree(agreement, reference[i], found, batch.get("attention_mask"))
+                _agree(agreements, reference[i], found, batch.get("attention_mask"))
         except (RecastError, RuntimeError, TypeError, KeyError, ValueError) as error:
             if not position or isinstance(error, RecastError):
                 raise CalibrationError(
@@ -136,7 +138,7 @@ def compare(
                 ) from error
             row["error"] = _first_line(error)
             continue
-        row["fidelity"] = agreement.to_dict()
+        row |= _figures(agreements)
         runs[str(position)] = model.run
     times = interleaved(runs, batches[0], rounds=rounds, progress=progress)
     for key, milliseconds in times.items():
@@ -144,15 +146,29 @@ def compare(
     return rows
 
 
-def _agree(agreement: Agreement, reference: Sequence[Tensor], found: Sequence[Tensor], mask: Tensor | None) -> None:
+def _agree(
+    agreements: list[Agreement], reference: Sequence[Tensor], found: Sequence[Tensor], mask: Tensor | None
+) -> None:
     if not reference or not found:
         raise ValueError("it gives no floating output")
-    if reference[0].shape != found[0].shape:
-        shapes = tuple(found[0].shape), tuple(reference[0].shape)
-        raise ValueError(
-            f"its first output has shape {shapes[0]}, the first model's has {shapes[1]}; they are not alike"
-        )
-    agreement.add(reference[0], found[0], mask)
+    # Where one gives more than the other, those that both give.
+    for position, (expected, actual) in enumerate(zip(reference, found, strict=False)):
+        if expected.shape != actual.shape:
+            raise ValueError(
+                f"its output {position} has shape {tuple(actual.shape)}, the first model's has {tuple(expected.shape)}; "
+                "they are not alike"
+            )
+        if position == len(agreements):
+            agreements.append(Agreement())
+        agreements[position].add(expected, actual, mask)
+
+
+def _figures(agreements: Sequence[Agreement]) -> dict[str, Any]:
+    outputs = [agreement.to_dict() for agreement in agreements]
+    worst = max(range(len(outputs)), key=lambda i: outputs[i].get("relative_error", -1.0))
+    if len(outputs) == 1:
+        return {"fidelity": outputs[0]}
+    return {"fidelity": {**outputs[worst], "output": worst}, "outputs": outputs}
 
 
 def _first_line(error: BaseException) -> str:

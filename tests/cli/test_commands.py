@@ -166,6 +166,19 @@ def test_huggingface_directory_from_text_to_artifact(cli: Cli, tiny: Path, here:
     assert compared.json["rows"][1]["fidelity"]["worst_cosine"] > 0.999
 
 
+def test_of_several_outputs_the_worst_is_told() -> None:
+    from recast.comparison import Agreement, _agree, _figures
+
+    agreements: list[Agreement] = []
+    reference = [torch.ones(2, 3), torch.eye(3), torch.ones(1)]
+    _agree(agreements, reference, [torch.ones(2, 3), torch.eye(3) + 0.25], None)
+    figures = _figures(agreements)
+    assert figures["fidelity"] == {**figures["outputs"][1], "output": 1}
+    assert figures["outputs"][0]["relative_error"] == 0 < figures["fidelity"]["relative_error"]
+    with pytest.raises(ValueError, match=r"output 1 has shape \(2,\)"):
+        _agree([], reference, [torch.ones(2, 3), torch.ones(2)], None)
+
+
 @needs_onnx
 def test_onnx_from_optimize_to_inspect_and_compare(cli: Cli, here: Path) -> None:
     done = cli("optimize", "little:keyword", "-r", "int8", "-t", "onnx", "-o", "small", "--json")
