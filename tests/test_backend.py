@@ -159,6 +159,12 @@ def test_unknown_options_name_the_nearest() -> None:
         compiled(Block().eval(), recipee="int8")(torch.randn(2, 5, 32))
 
 
+@pytest.mark.parametrize("share", [2, -0.1, "half", True])
+def test_a_share_beyond_one_is_refused(share: object) -> None:
+    with pytest.raises(recast.RecastError, match="a share from 0 to 1 would work"):
+        recast.backend.Options.of({"min_coverage": share})
+
+
 def test_gradients_reach_the_input() -> None:
     model = Block().eval()
     other = replaced(model, "low_rank(ratio=0.5)")

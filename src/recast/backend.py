@@ -69,7 +69,11 @@ class Options:
         for name in given or {}:
             if name not in known:
                 raise RecipeError(f"backend: there is no option '{name}'; {nearest(name, known)}")
-        return Options(**(given or {}))
+        options = Options(**(given or {}))
+        least: Any = options.min_coverage
+        if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1:
+            raise RecipeError(f"backend: min_coverage is {least!r}; a share from 0 to 1 would work")
+        return options
 
 
 _CACHE: OperatorCache | None = None
