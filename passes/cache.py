@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,6 +86,7 @@ class OperatorCache:
         self.held: dict[tuple[object, ...], tuple[list[StorageWeakRef], tuple[int, ...], list[Fitted]]] = {}
         self.fits = 0
         self.hits = 0
+        self._counting = threading.Lock()  # sites may be fitted side by side
 
     @staticmethod
     def default() -> OperatorCache:
@@ -122,7 +124,7 @@ class OperatorCache:
             references, known, fitted = self.held[identity]
             same = version == known or any(matrix.released for matrix in matrices)
             if same and not any(r.expired() for r in references):  # type: ignore[no-untyped-call]
-                self.hits += len(fitted)
+                self._count(hits=len(fitted))
                 return fitted
         for i, matrix in enumerate(matrices):
             if matrix.released:
@@ -139,14 +141,19 @@ class OperatorCache:
         if found is None:
             operators = form.fit_together(weights, seen, where=where)
             found = [Fitted.of(w, o, s) for w, o, s in zip(weights, operators, stats, strict=True)]
-            self.fits += len(found)
+            self._count(fits=len(found))
             self._write(key, found)
         else:
-            self.hits += len(found)
+            self._count(hits=len(found))
         self.memory[key] = found
         references = [StorageWeakRef(s) for matrix in matrices for s in matrix.storages]  # type: ignore[no-untyped-call]
         self.held[identity] = (references, version, found)
         return found
+
+    def _count(self, *, fits: int = 0, hits: int = 0) -> None:
+        with self._counting:
+            self.fits += fits
+            self.hits += hits
 
     @staticmethod
     def key(weight: Tensor, form: Form, stats: Stats | None) -> str:

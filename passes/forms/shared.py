@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import abc
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -45,9 +46,9 @@ class SharedForm(NamedForm):
         if self.across not in ACROSS:
             raise FormError(f"{self.name}: across is {self.across!r}; {nearest(self.across, ACROSS)}")
 
+    @abc.abstractmethod
     def solve_together(self, weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> list[Operator]:
         """Fit matrices that were checked; what they share is one tensor in all of the operators."""
-        raise NotImplementedError
 
     def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
         return self.solve_together([weight], [stats])[0]

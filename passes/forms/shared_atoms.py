@@ -96,8 +96,7 @@ class SharedAtoms(SharedForm):
     --------
     >>> weights = [torch.eye(3), 2 * torch.eye(3), torch.ones(3, 3)]
     >>> made = SharedAtoms(2).fit_together(weights, [None] * 3)
-    >>> [bool(torch.allclose(o.to_dense(), w, atol=1e-6)) for o, w in zip(made, weights)]
-    [True, True, True]
+    >>> torch.testing.assert_close([operator.to_dense() for operator in made], weights)
     >>> made[0].atoms[0].weight is made[2].atoms[0].weight
     True
     """

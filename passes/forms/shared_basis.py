@@ -37,8 +37,9 @@ class SharedBasis(SharedForm):
     --------
     >>> weights = [torch.ones(8, 8), 2 * torch.ones(8, 8)]
     >>> first, second = SharedBasis(1, group=2).fit_together(weights, [None, None])
-    >>> first.right.weight is second.right.weight, bool(torch.allclose(second.to_dense(), weights[1]))
-    (True, True)
+    >>> torch.testing.assert_close(second.to_dense(), weights[1])
+    >>> first.right.weight is second.right.weight
+    True
     """
 
     name: ClassVar[str] = "shared_basis"
