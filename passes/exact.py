@@ -62,6 +62,8 @@ class Edit:
         Of each value in the graph.
     readers
         For each weight, the values that read it, or a constant made of it.
+    values
+        What formulas come to that weights alone do not tell; to be filled by passes that fit.
     """
 
     def __init__(self, program: Program, label: str) -> None:
@@ -85,9 +87,11 @@ class Edit:
                 for operand in node.all_input_nodes:
                     for name in self.constants.sources.get(operand, ()):
                         self.readers.setdefault(name, {})[node] = None
+        self.values: dict[Derivation, Tensor] = {}
         self._made: dict[str, set[fx.Node]] = {}
         self._named: dict[tuple[str, Derivation], str] = {}
         self._formulas: dict[str, Derivation] = {}
+        self._origin = program
         self._replaced: dict[fx.Node, fx.Node] = {}
 
     # ------------------------------------------------------------------ telling
@@ -213,7 +217,8 @@ class Edit:
             wanted = str(whole.options[0])  # an original one is back, under its own name
         if (name := self._named.get((wanted, made), "")) == "":  # a matrix used in several places is made once
             name = self._named[wanted, made] = self.free_name(wanted, replaced)
-            value = made.value(self.weights).to(device=like.device, dtype=like.dtype).contiguous()
+            value = self.values[made] if made in self.values else made.value(self.weights)
+            value = value.to(device=like.device, dtype=like.dtype).contiguous()
             if any(value.data_ptr() == self.weights[source].data_ptr() for source in made.sources):
                 value = value.clone()
             set_by_path(self.program.module, name, nn.Parameter(value, requires_grad=False))
@@ -260,6 +265,7 @@ class Edit:
     def finish(self) -> Program:
         """Clean up and give the changed program."""
         program = self.program
+        self._origin.memory.pop(_COPY, None)  # it is no copy any more, and holds new weights
         remove_dead(self.graph)
         for node in self.graph.find_nodes(op="get_attr"):
             if node not in self._made.get(str(node.target), {node}):
@@ -329,7 +335,6 @@ class ExactPass(Pass):
                 context.notes[str(self)] = note
                 return program.copy() if current is program else current
             note.done += edit.done
-            current.memory.pop(_COPY, None)  # it is no copy any more, and holds new weights
             current = edit.finish()
         raise RecastError(
             f"{self.name}: still changing {current.label} after {_ROUNDS} rounds; this is a defect of the pass"

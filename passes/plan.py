@@ -13,6 +13,7 @@ from recast.passes.decided import Entry, Plan, Skip
 from recast.passes.forms.form import Form
 from recast.passes.forms.shared import divided, groups_of
 from recast.passes.forms.stats import Stats
+from recast.passes.modules.apply import choose
 from recast.passes.parallel import check_jobs, mapped
 from recast.passes.recipe import Recipe, name_matches
 from recast.patterns.constants import Constants
@@ -103,9 +104,11 @@ def plan(
     covered = coverage(program)
     check_coverage(covered.fraction, asked.min_coverage, covered)
     _check_budget(asked)
-    constants = Constants(program)
-    sites, _ = find_linear(program, constants)
-    targets = targets_of(sites, constants, calibration)
+    # Blocks come first: what is decided for linears is decided for those of smaller blocks.
+    smaller, unchanged = choose(program, asked, calibration, progress)
+    constants = Constants(smaller.program)
+    sites, _ = find_linear(smaller.program, constants)
+    targets = targets_of(sites, constants, smaller.calibration)
     wanted, skipped = _choose(asked, sites)
     entries: dict[str, Entry] = {}
     options: dict[str, list[Entry]] = {}
@@ -127,29 +130,32 @@ def plan(
             skipped.append(entry)
         else:
             entries[name] = entry
+    seen = {name: targets[name].stats for name in entries}
+    if calibration is not None:
+        seen |= {name: calibration.of(fit.end) for name, fit in smaller.fits.items()}
     return Plan(
         fingerprint=program.fingerprint(),
-        entries=entries,
-        skipped=skipped,
+        entries=smaller.entries | entries,
+        skipped=[*unchanged, *skipped],
         compute_dtype=asked.compute_dtype,
         recipe=asked.to_dict(),
         statistics=calibration.hash if calibration is not None else None,
         calibration=calibration,
         coverage=covered.fraction,
-        notes=_notes([targets[name] for name in entries]),
+        notes=[*_idle(asked, sites, smaller.names), *_kept(sites, entries), *_notes(seen)],
     )
 
 
-def _notes(targets: list[Target]) -> list[str]:
+def _notes(fitted: Mapping[str, Stats | None]) -> list[str]:
     """Say which sites were fitted with fewer vectors than they have inputs."""
-    short = [target for target in targets if target.stats is not None and target.stats.deficient]
+    short = {name: stats for name, stats in fitted.items() if stats is not None and stats.deficient}
     if not short:
         return []
-    named = ", ".join(target.name for target in short[:3]) + (f" and {len(short) - 3} more" if len(short) > 3 else "")
-    seen = [(s.tokens, s.features) for s in (target.stats for target in short) if s is not None]
+    named = ", ".join(list(short)[:3]) + (f" and {len(short) - 3} more" if len(short) > 3 else "")
+    seen = [(stats.tokens, stats.features) for stats in short.values()]
     tokens, features = min(seen, key=lambda pair: pair[0] / pair[1])
     text = (
-        f"calibration: {len(short)} of {len(targets)} sites saw fewer vectors than they have inputs ({named}; at worst {tokens} "
+        f"calibration: {len(short)} of {len(fitted)} sites saw fewer vectors than they have inputs ({named}; at worst {tokens} "
         f"for {features}); their statistics were shrunk towards independent inputs, and errors predicted for them are too "
         f"low; batches that bring every site {max(features for _, features in seen)} vectors or more would do"
     )
@@ -170,6 +176,11 @@ def _check_budget(recipe: Recipe) -> None:
     """Refuse what a choice site by site cannot weigh: bytes of a shared form depend on what other sites take."""
     forms = [recipe.default, *recipe.candidates, *(rule.form for rule in recipe.rules)]
     for form in forms if recipe.budget is not None else []:
+        if form is not None and form.site_kind != "linear":
+            raise PlanError(
+                f"plan: '{form}' is a form of a whole block, and a budget chooses for each matrix by itself; "
+                "plan without a budget, or give the block's linears forms of one matrix"
+            )
         if form is not None and form.shared_part is not None:
             raise PlanError(
                 f"plan: '{form}' is shared between sites, and a budget chooses for each by itself; name the sites that "
@@ -198,7 +209,7 @@ def _choose(recipe: Recipe, sites: list[LinearSite]) -> tuple[dict[str, list[For
                 skipped.append(Skip(name, reason))
             else:
                 wanted[name] = [form, *extra] if form is not None else extra
-    return wanted, [*skipped, *_idle(recipe, sites)]
+    return wanted, skipped
 
 
 def _apart(recipe: Recipe, site: LinearSite) -> list[tuple[str, str | None]]:
@@ -209,14 +220,23 @@ def _apart(recipe: Recipe, site: LinearSite) -> list[tuple[str, str | None]]:
     return list(parts) if any(form != whole for form in own) else [(site.name, None)]
 
 
-def _idle(recipe: Recipe, sites: list[LinearSite]) -> list[Skip]:
+def _idle(recipe: Recipe, sites: list[LinearSite], blocks: tuple[str, ...]) -> list[str]:
     """Lines of the recipe that no site answers to, most likely misspelled."""
-    names = [s.name for s in sites] + [f"{s.name}.{p.name}" for s in sites for p in s.parts]
+    names = [*blocks, *(s.name for s in sites), *(f"{s.name}.{p.name}" for s in sites for p in s.parts)]
     lines = [("rule", r.match) for r in recipe.rules] + [("exclude", pattern) for pattern in recipe.exclude]
     return [
-        Skip(f"{kind} '{pattern}'", f"matches no site; {nearest(pattern, names)[:200]}")
+        f"recipe: {kind} '{pattern}' matches no site; {nearest(pattern, names)[:200]}"
         for kind, pattern in lines
         if not any(name_matches(pattern, name) for name in names)
+    ]
+
+
+def _kept(sites: list[LinearSite], entries: Mapping[str, Entry]) -> list[str]:
+    """Tied weights that are rewritten all the same: what shares them keeps the dense one."""
+    return [
+        f"tied: {', '.join(site.tied)} still needs the dense weight of {site.name}, which is kept beside the rewritten one"
+        for site in sites
+        if site.tied and any(name in entries for name in (site.name, *(f"{site.name}.{p.name}" for p in site.parts)))
     ]
 
 

@@ -19,7 +19,7 @@ from recast.patterns.errors import FormError, RecipeError, nearest
 __all__ = ["COMPUTE_DTYPES", "Recipe", "Rule"]
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_KINDS = ("linear", "*")
+_KINDS = ("linear", "mlp", "attention", "*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Rule:
     form
         What they get; None keeps them dense.
     kind
-        Kind of site, ``linear`` or ``*``.
+        Kind of site, ``linear``, ``mlp`` or ``attention``; ``*`` is every kind that the form is for.
     """
 
     match: str
@@ -43,7 +43,8 @@ class Rule:
 
     def matches(self, name: str, kind: str = "linear") -> bool:
         """Whether a site falls under this rule."""
-        return self.kind in ("*", kind) and name_matches(self.match, name)
+        goes = self.form is None or self.form.site_kind == kind or str(self.form) == "dense"
+        return goes and self.kind in ("*", kind) and name_matches(self.match, name)
 
 
 def name_matches(pattern: str, name: str) -> bool:
@@ -138,13 +139,16 @@ class Recipe:
             Where `name` is a part of a packed weight, the name of that site: what speaks of it speaks of its parts.
         """
         known = (name,) if whole is None else (name, whole)
-        for pattern in self.exclude:
-            if any(name_matches(pattern, n) for n in known):
-                return None, f"excluded by '{pattern}'"
+        if (pattern := self.excludes(*known)) is not None:
+            return None, f"excluded by '{pattern}'"
         for rule in self.rules:
             if any(rule.matches(n, kind) for n in known):
                 return rule.form, f"rule '{rule.match}'"
-        return self.default, "default"
+        return self.default if self.default is not None and self.default.site_kind == kind else None, "default"
+
+    def excludes(self, *names: str) -> str | None:
+        """The pattern that keeps any of some names dense, if there is one."""
+        return next((p for p in self.exclude if any(name_matches(p, name) for name in names)), None)
 
     def names(self, name: str, kind: str = "linear") -> bool:
         """Whether a rule (not the default, not a bare ``*``) speaks of this site."""
@@ -291,4 +295,10 @@ def _rule(value: Any, where: str) -> Rule:
     kind = value.get("kind", "*")
     if kind not in _KINDS:
         raise RecipeError(f"recipe: kind '{kind}' in {where} is unknown; {nearest(str(kind), _KINDS)}")
-    return Rule(_pattern(value.get("match", "*"), where), _form(value["form"], where), kind)
+    form = _form(value["form"], where)
+    if kind not in ("*", form.site_kind) and str(form) != "dense":
+        raise RecipeError(
+            f"recipe: {where} gives '{form}', a form of kind {form.site_kind}, to sites of kind {kind}; "
+            f"kind: {form.site_kind} would work"
+        )
+    return Rule(_pattern(value.get("match", "*"), where), form, kind)

@@ -38,6 +38,8 @@ class SiteRow:
         Some singular values of the weight, largest first, relative to the largest (for the picture).
     kernel
         What the target runs it with; filled by lowering.
+    parts
+        For a block, the linears that were made anew: smaller ones, of which there may be rows besides.
     """
 
     name: str
@@ -52,6 +54,7 @@ class SiteRow:
     weight_error: float
     spectrum: tuple[float, ...] = ()
     kernel: str = "torch"
+    parts: tuple[str, ...] = ()
 
     @staticmethod
     def of(entry: Entry, matrix: Matrix, fitted: Fitted, *, pictures: bool) -> SiteRow:
@@ -125,16 +128,24 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list)
     agreement: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def flops(self) -> tuple[int, int]:
+        """Operations a token of what was rewritten, before and after."""
+        # A linear of a block that was rewritten once more has been counted there, as it was between.
+        inner = {part for row in self.rows for part in row.parts}
+        between = sum(r.flops_before for r in self.rows if r.name in inner or r.name.rpartition(".")[0] in inner)
+        return (
+            sum(r.flops_before for r in self.rows) - between,
+            sum(r.flops_after for r in self.rows) - between,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form (see the design's interface)."""
         return {
             "model": self.model,
             "target": self.target,
             "bytes": {"before": self.bytes_before, "after": self.bytes_after},
-            "flops_per_token": {
-                "before": sum(r.flops_before for r in self.rows),
-                "after": sum(r.flops_after for r in self.rows),
-            },
+            "flops_per_token": dict(zip(("before", "after"), self.flops, strict=True)),
             "coverage": self.coverage,
             "whole_model": self.whole,
             "agreement": self.agreement,
@@ -152,7 +163,9 @@ class Report:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Report:
         """The report that `to_dict` described."""
-        rows = [SiteRow(**{**r, "shape": tuple(r["shape"]), "spectrum": tuple(r["spectrum"])}) for r in data["sites"]]
+        lists: list[dict[str, Any]] = data["sites"]
+        sites: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()} for r in lists]
+        rows = [SiteRow(**site) for site in sites]
         return Report(
             model=data["model"],
             rows=rows,
@@ -180,8 +193,7 @@ def _kernel(name: str, kernels: dict[str, str]) -> str:
 
 def _row(row: SiteRow) -> dict[str, Any]:
     data = dataclasses.asdict(row)
-    data["shape"], data["spectrum"] = list(row.shape), list(row.spectrum)
-    return data
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
 
 def fidelity(reference: Tensor, found: Tensor) -> dict[str, float]:

@@ -11,6 +11,7 @@ from recast.passes.base import Context, Pipeline, Soundness, discover
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration
 from recast.passes.failure import verify
+from recast.passes.modules.apply import is_module, make_smaller
 from recast.passes.parallel import check_jobs
 from recast.passes.plan import Plan
 from recast.passes.report import Report, fidelity
@@ -26,7 +27,9 @@ __all__ = ["pipeline_for", "rewrite"]
 def pipeline_for(plan: Plan) -> Pipeline:
     """The passes that carry a plan out."""
     discover()
-    steps = ["raise_sites,apply_forms"] if plan.entries else []
+    steps = ["apply_modules"] if any(map(is_module, plan.entries.values())) else []
+    if not all(map(is_module, plan.entries.values())):
+        steps.append("raise_sites,apply_forms")
     if plan.compute_dtype is not None:
         steps.append(f"cast{{dtype={plan.compute_dtype}}}")
     return Pipeline.parse(",".join(steps))
@@ -111,7 +114,7 @@ def rewrite(
     current.plan = plan
     current.report = Report(
         model=program.label,
-        rows=list(context.notes.get("apply_forms", [])),
+        rows=[*context.notes.get("apply_modules", []), *context.notes.get("apply_forms", [])],
         skipped=list(plan.skipped),
         bytes_before=program.nbytes(),
         bytes_after=current.nbytes(),
@@ -129,9 +132,14 @@ def _check(program: Program, plan: Plan, calibration: Calibration | None) -> Non
         raise PlanError(
             f"plan: it was made for model {plan.fingerprint}, this is {found} ({program.label}); plan again"
         )
+    blocks = {name: entry for name, entry in plan.entries.items() if is_module(entry)}
     sites, _ = find_linear(program)
     names = {s.name for s in sites} | {f"{s.name}.{p.name}" for s in sites for p in s.parts}
-    for name in plan.entries:
+    if blocks and not plan.entries.keys() <= names | blocks.keys():
+        # Parts of a packed matrix may have other names when it is smaller.
+        sites, _ = find_linear(make_smaller(program, blocks, calibration).program)
+        names |= {s.name for s in sites} | {f"{s.name}.{p.name}" for s in sites for p in s.parts}
+    for name in plan.entries.keys() - blocks.keys():
         if name not in names:
             raise PlanError(f"plan: there is no site '{name}' in {program.label}; {nearest(name, names)[:400]}")
     for site in sites:

@@ -14,6 +14,7 @@ from recast.passes.forms.gated import gates, ungated
 from recast.passes.forms.operator import Operator
 from recast.passes.meta import fake_values
 from recast.passes.module import OperatorModule
+from recast.passes.modules.check import check_blocks
 from recast.passes.report import fidelity
 from recast.patterns.constants import Constants
 from recast.patterns.derivation import Derivation
@@ -133,10 +134,10 @@ def _interface(before: Program, after: Program) -> None:
 def _ownership(before: Program, after: Program, step: Pass) -> dict[str, int]:
     """Each original parameter is kept as it is, or replaced by an operator, or dropped because nothing reads it.
 
-    An exact pass may also make new weights of named old ones: each of those has its formula in ``program.derived``.
+    It may also be made anew of named old ones: each such weight has its formula in ``program.derived``.
     """
     old, new = before.weights, after.weights
-    made = _made(before, after) if step.soundness is Soundness.EXACT else {}
+    made = _made(before, after) if step.soundness is not Soundness.BOUNDED else {}
     if extra := sorted(set(new) - set(old) - set(made)):
         raise VerificationError(f"weights {extra} appeared from nowhere")
     for name, weight in new.items():
@@ -204,13 +205,15 @@ def _numbers(before: Program, after: Program, step: Pass, context: Context) -> d
             )
     if step.soundness is Soundness.LOSSY:
         _within_prediction(context, coarsest)
+        if step.name == "apply_modules":
+            check_blocks(before, after, probe, context.notes["blocks"], exact_bound(coarsest))
         check_operators(before, after, {row.name: row.weight_error for row in context.notes.get("apply_forms", [])})
     return {"output_error": worst, **({"bound": bound} if math.isfinite(bound) else {})}
 
 
 def _within_prediction(context: Context, dtype: torch.dtype) -> None:
     """The measured error of each site must be what the fit predicted, up to sampling and rounding."""
-    for row in context.notes.get("apply_forms", []):
+    for row in [*context.notes.get("apply_modules", []), *context.notes.get("apply_forms", [])]:
         if row.measured_error is None:
             continue
         # The sample is a part of the data the prediction was made on: twice the figure is beyond chance.

@@ -59,6 +59,11 @@ class Derivation:
         return Derivation("zeros", (), shape, shape)
 
     @staticmethod
+    def fitted(how: str, shape: Iterable[int], *operands: Derivation) -> Derivation:
+        """What a fit to data made of some weights; `how` says in words which. It cannot be computed again."""
+        return Derivation("fitted", operands, (how,), tuple(int(s) for s in shape))
+
+    @staticmethod
     def cat(*pieces: Derivation) -> Derivation:
         """Pieces below each other; neighbouring rows of the same matrix become one piece again."""
         joined: list[Derivation] = []
@@ -209,6 +214,8 @@ class Derivation:
             return first + others[0]
         if self.op == "matmul":
             return first @ others[0]
+        if self.op == "fitted":
+            return Derivation.fitted(self.options[0], self.shape, first, *others)
         if self.op == "cast":
             return first.cast(getattr(torch, self.options[0]))
         made: Derivation = getattr(first, self.op)(*others, *self.options)
@@ -259,6 +266,10 @@ def _cat(*pieces: Tensor) -> Tensor:
     return torch.cat([p.to(device=pieces[0].device, dtype=dtype) for p in pieces])
 
 
+def _not_computed(*values: Any) -> Tensor:
+    raise RecastError(f"derivation: '{values[-1]}' follows from data, not from weights alone; fit it again")
+
+
 def _wide(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def computed(*values: Any) -> Tensor:
         return operation(*(v.double() if isinstance(v, Tensor) else v for v in values))
@@ -269,6 +280,7 @@ def _wide(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "zeros": lambda *shape: torch.zeros(shape, dtype=torch.float64),
     "cat": _cat,
+    "fitted": _not_computed,
     "rows": lambda x, *ranges: torch.cat([x[a:b] for a, b in ranges]),
     "permute": lambda x, *order: x.permute(order),
     "reshape": lambda x, *shape: x.reshape(shape),

@@ -45,6 +45,9 @@ class Form(abc.ABC):
     # How tightly the text binds: `|` 1, `+` 2, `@` 3, a name 4.
     binding: ClassVar[int] = 4
 
+    # Of the sites it is for: ``linear``, or a block of several linears.
+    site_kind: ClassVar[str] = "linear"
+
     # True where `solve` with statistics is already the best of its class on the data, so that there is nothing to
     # compare.
     optimal_on_data: ClassVar[bool] = False

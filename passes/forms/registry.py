@@ -1,4 +1,4 @@
-"""Every form there is: those of the files in this folder, and those that other packages bring."""
+"""Every form there is: those of the files in this folder and of ``passes/modules``, and those that other packages bring."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import pkgutil
 from recast.passes.forms.form import NamedForm
 from recast.patterns.errors import FormError, nearest
 
-__all__ = ["discover", "form_named", "forms"]
+__all__ = ["discover", "form_named", "forms", "module_forms"]
 
 _discovered = False
 
 
 def discover() -> None:
-    """Import the files of this folder and the entry points of the group ``recast.forms``: each registers its forms."""
+    """Import the files of both folders and the entry points of the group ``recast.forms``: each registers its forms."""
     global _discovered  # noqa: PLW0603  # done once a process
     if _discovered:
         return
-    package = importlib.import_module("recast.passes.forms")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"recast.passes.forms.{module.name}")
+    for folder in ("recast.passes.forms", "recast.passes.modules"):
+        package = importlib.import_module(folder)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{folder}.{module.name}")
     for entry in importlib.metadata.entry_points(group="recast.forms"):
         try:
             entry.load()
@@ -34,7 +35,7 @@ def discover() -> None:
 
 
 def forms() -> dict[str, type[NamedForm]]:
-    """Return every named form, by name.
+    """Return every named form of a weight, by name.
 
     Examples
     --------
@@ -42,12 +43,24 @@ def forms() -> dict[str, type[NamedForm]]:
     ['int2', 'int3', 'int4', 'int8']
     """
     discover()
-    return dict(sorted(NamedForm._names.items()))
+    return {name: form for name, form in sorted(NamedForm._names.items()) if form.site_kind == "linear"}
+
+
+def module_forms() -> dict[str, type[NamedForm]]:
+    """Return every named form of a whole block, by name.
+
+    Examples
+    --------
+    >>> module_forms()["nystrom"].site_kind
+    'mlp'
+    """
+    discover()
+    return {name: form for name, form in sorted(NamedForm._names.items()) if form.site_kind != "linear"}
 
 
 def form_named(name: str) -> type[NamedForm]:
     """Return the form of that name; raises FormError with the nearest name there is."""
-    known = forms()
+    known = forms() | module_forms()
     if name not in known:
         raise FormError(f"unknown form {name!r}; {nearest(name, known)}")
     return known[name]

@@ -172,7 +172,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     before, after = report.bytes_before, report.bytes_after
     size = f"{bytes_text(before)} before, {times_text(before, after)} smaller"
     tiles = [("weights", bytes_text(after), size)]
-    flops = sum(r.flops_before for r in report.rows), sum(r.flops_after for r in report.rows)
+    flops = report.flops
     if flops[0]:
         tiles.append(("FLOPs a token", count_text(flops[1]), f"{count_text(flops[0])} before, at rewritten sites"))
     outputs = [(n, f) for n, f in report.whole.items() if "relative_error" in f]

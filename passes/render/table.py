@@ -59,7 +59,7 @@ def _table(title: str, columns: Sequence[tuple[str, str]]) -> Table:
 
 
 def _summary(report: Report) -> Any:
-    flops = [sum(r.flops_before for r in report.rows), sum(r.flops_after for r in report.rows)]
+    flops = report.flops
     lines = [
         f"{report.model} for {report.target}: {len(report.rows)} sites rewritten, {len(report.skipped)} left dense",
     ]

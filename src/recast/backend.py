@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from recast.lowering.inductor.compile import compile_graph
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration
+from recast.passes.modules.apply import is_module, names_of
 from recast.passes.plan import Plan, check_coverage, plan
 from recast.passes.recipe import Recipe
 from recast.passes.report import Report
@@ -196,6 +197,8 @@ def _part_of(whole: Plan, program: Program) -> Plan:
     """What a plan for the whole model says about one of its graphs."""
     sites, _ = find_linear(program)
     names = {s.name for s in sites} | {f"{s.name}.{p.name}" for s in sites for p in s.parts}
+    if any(map(is_module, whole.entries.values())):
+        names |= set(names_of(program))
     entries = {name: entry for name, entry in whole.entries.items() if name in names}
     return dataclasses.replace(whole, fingerprint="", entries=entries, statistics=None)
 

@@ -13,6 +13,7 @@ from recast.lowering.artifact import lower
 from recast.lowering.base import lowerings
 from recast.passes.cache import OperatorCache
 from recast.passes.forms import Form, forms
+from recast.passes.forms.registry import module_forms
 from recast.passes.plan import plan
 from recast.passes.recipe import Recipe, Rule
 from recast.passes.rewrite import rewrite
@@ -150,12 +151,14 @@ def forms_by_target() -> list[dict[str, Any]]:
     """Every form with its parameters and what each target runs it with, found by lowering a small model."""
     rows: list[dict[str, Any]] = []
     unfit: list[dict[str, Any]] = []  # forms that a weight alone is not enough for
-    for name, kind in forms().items():
+    for name, kind in (forms() | module_forms()).items():
         parameters = [{"name": p.name, "type": p.type, "default": p.default, "help": p.help} for p in kind.parameters()]
         example = next((str(form) for form in kind.examples((64, 64))), None)
         rows.append({"name": name, "summary": kind.summary, "parameters": parameters, "example": example or name})
         if example is None:
-            unfit.append(rows.pop())
+            block = kind.site_kind != "linear"
+            why = "smaller dense matrices" if block else "not tried: needs calibration with a loss"
+            unfit.append(rows.pop() | {"targets": dict.fromkeys(lowerings(), why)})
     combined: list[dict[str, Any]] = [
         {"name": "", "summary": "an expression", "parameters": [], "example": text} for text in _COMBINED
     ]
@@ -178,8 +181,6 @@ def forms_by_target() -> list[dict[str, Any]]:
         kernels = {row.name: row.kernel for row in report.rows}
         for i, row in enumerate(rows):
             row["targets"][target] = kernels.get(f"form.{i}", "dense")
-    for row in unfit:
-        row["targets"] = dict.fromkeys(lowerings(), "not tried: needs calibration with a loss")
     return sorted(rows + unfit, key=lambda row: (not row["name"], row["name"]))
 
 

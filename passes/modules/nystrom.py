@@ -1,0 +1,146 @@
+"""Feed-forward blocks of fewer hidden features: those kept that tell most about all, and the last linear solved anew."""
+# ruff: noqa: D102  # methods are described by the base class
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from recast.passes.cache import Fitted
+from recast.passes.forms.column_sparse import ColumnSparse
+from recast.passes.forms.linear_algebra import CUTOFF, pseudo_inverse
+from recast.passes.forms.operator import Dense
+from recast.passes.modules.block import Block
+from recast.passes.modules.flow import Refused
+from recast.passes.modules.form import Fit, Made, ModuleForm
+from recast.patterns.errors import FormError
+
+__all__ = ["Nystrom", "leverage_scores", "on_features"]
+
+
+@dataclass(frozen=True)
+class Nystrom(ModuleForm):
+    """``y = W_d z  ->  y = W_d' z_S``: hidden features S are kept with their rows of gate and up, and W_d' is least squares.
+
+    S are the features with the largest ridge leverage scores ``[C (C + λI)⁻¹]_ii``, where C is the Gram matrix of the hidden
+    values z and λ is `ridge` times their mean square. The output error that is predicted is that of ``W_d' z_S``.
+
+    Notes
+    -----
+    Lin et al., MoDeGPT: Modular Decomposition for Large Language Model Compression (2024), type I.
+    """
+
+    name: ClassVar[str] = "nystrom"
+    site_kind: ClassVar[str] = "mlp"
+    summary: ClassVar[str] = "fewer hidden features in a feed-forward block"
+    parts: ClassVar[str] = "a whole feed-forward block (gate, up and down)"
+
+    ridge: float = field(default=1e-2, kw_only=True, metadata={"help": "λ, in mean squares of a hidden feature"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.ridge < float("inf"):
+            raise FormError(f"{self.name}: ridge is {self.ridge}, not a number from 0; 0.01 would work")
+
+    def solve_block(self, block: Block) -> Fit:
+        down = block.piece("down").site
+        width = down.in_features
+        labels = _labels(block, width)
+        order = block.arriving(labels, down.name)
+        if not torch.equal(order.sort().values, torch.arange(width, dtype=torch.int32)):
+            raise Refused(f"'{down.name}' does not take each hidden feature once")
+        stats = block.stats("down", self)
+        weight = block.matrix("down")
+        count = self.width(width)
+        seen = stats.regular.gram
+        assert seen is not None
+        kept = torch.arange(width)
+        solved = weight
+        if count < width:
+            scores = leverage_scores(seen, self.ridge)
+            kept = scores.topk(count).indices.sort().values
+            solved = on_features(weight, seen, kept)
+        stand_in = ColumnSparse(Dense(solved.to(weight.dtype)), kept.to(torch.int32), width)
+        fitted = Fitted.of(weight, stand_in, stats)
+        made = {down.name: Made(stand_in.values.to_dense(), stats=stand_in.seen_by_values(stats))}
+        stays = order[kept].sort().values
+        for role in ("up", "gate"):
+            if role in block.pieces:
+                name = block.piece(role).site.name
+                own = (labels[name] < 0) | torch.isin(labels[name], stays)
+                bias = block.bias(role)
+                made[name] = Made(block.matrix(role)[own], None if bias is None else bias[own], labels[name])
+        return Fit(
+            made,
+            down.name,
+            stays,
+            (width, count),
+            stand_in,
+            fitted.predicted_error,
+            fitted.measured_error,
+            fitted.weight_error,
+        )
+
+
+def _labels(block: Block, width: int) -> dict[str, Tensor]:
+    """Numbers of the hidden features by the rows that make them, for each linear that does."""
+    found: dict[str, Tensor] = {}
+    for role in ("up", "gate"):
+        if role not in block.pieces:
+            continue
+        piece = block.piece(role)
+        size = piece.site.out_features
+        labels = found.setdefault(piece.site.name, torch.full((size,), -1, dtype=torch.int32))
+        rows = block.rows(role)
+        if len(rows) == 2 * width:  # gate and up by halves, as `glu` has them
+            labels.copy_(torch.arange(size, dtype=torch.int32) % width)
+        elif len(rows) == width:
+            labels[rows] = torch.arange(width, dtype=torch.int32)
+        else:
+            raise Refused(f"'{piece.name}' makes {len(rows)} features for {width}")
+    return found
+
+
+def leverage_scores(gram: Tensor, ridge: float) -> Tensor:
+    """Ridge leverage scores ``[C (C + λI)⁻¹]_ii`` of features with Gram matrix C (n, n), λ = `ridge` · mean of its diagonal.
+
+    Examples
+    --------
+    >>> leverage_scores(torch.diag(torch.tensor([3.0, 1.0])), 0.5).tolist()
+    [0.75, 0.5]
+    """
+    c = gram.double()
+    # Without any ridge, features that others tell exactly still need a matrix that can be inverted.
+    shift = max(ridge, 1e-10) * float(c.diagonal().mean())
+    if shift == 0:
+        return torch.zeros(c.shape[0], dtype=torch.float64, device=c.device)
+    shifted = c.clone()
+    shifted.diagonal().add_(shift)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    return 1 - shift * inverse.diagonal()
+
+
+def on_features(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
+    """Return the W' (m, k) that minimises ``‖W X - W' X_S‖``, ``W C_:S C_SS⁻¹``, float64.
+
+    Features that are zero throughout keep their columns.
+
+    Parameters
+    ----------
+    weight
+        (m, n).
+    gram
+        (n, n), C = X Xᵀ.
+    kept
+        Indices S (k,).
+    """
+    c, w = gram.double(), weight.double()
+    inner, left_out = c[kept][:, kept], w.index_fill(1, kept, 0) @ c[:, kept]
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    sizes = factor.diagonal().square()
+    if int(failed) == 0 and float(sizes.min()) > CUTOFF * float(sizes.max()):
+        return w[:, kept] + torch.cholesky_solve(left_out.T, factor).T
+    return w[:, kept] + left_out @ pseudo_inverse(inner)
