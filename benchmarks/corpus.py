@@ -103,7 +103,7 @@ def perplexity(run: Callable[[Tensor], Tensor], judged: Tensor, batch: int = 8) 
     """
     total = 0.0
     with torch.no_grad():
-        for rows in judged.split(batch):
+        for rows in torch.split(judged, batch):
             logits = run(rows[:, :-1]).double().flatten(0, 1)
             total += float(nn.functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum"))
     mean = total / judged[:, 1:].numel()

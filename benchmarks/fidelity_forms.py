@@ -1,0 +1,280 @@
+"""The forms that `benchmarks.fidelity` compares, and the setting of each that a number of bytes allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from recast.passes.forms import Form
+from recast.passes.forms.shared import groups_of
+from recast.passes.forms.shared_atoms import SharedAtoms
+from recast.passes.forms.shared_basis import SharedBasis
+from recast.patterns.errors import FormError
+
+HALF = torch.bfloat16
+BUDGETS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
+CUTS = (0.9, 0.8, 0.7, 0.6)  # where low rank is published
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A form with one thing left open: how many bytes it takes.
+
+    Parameters
+    ----------
+    name
+        As rows and lines of the picture are called.
+    kind
+        ``low rank``, ``structured``, ``sparse``, ``quantized`` or ``activations``.
+    settings
+        Every setting as text, in any order; one for a form of fixed size.
+    budgets
+        Shares of the bytes at 16 bits, or the text of a form whose bytes are the budget; empty for a form of fixed size.
+    data
+        Whether the fit sees the calibration data.
+    scope
+        ``all``, ``attention`` or ``experts``: which matrices are rewritten; shares are of their bytes.
+    """
+
+    name: str
+    kind: str
+    settings: tuple[str, ...]
+    budgets: tuple[float | str, ...] = BUDGETS
+    data: bool = True
+    scope: str = "all"
+
+
+def planned_bytes(form: Form, shapes: Shapes) -> int | None:
+    """Bytes of matrices of these shapes in a form, values in 16 bits; None where only the weights' values decide.
+
+    Raises
+    ------
+    FormError
+        One of the shapes cannot take the form.
+    """
+    shared = form.shared_part
+    if isinstance(shared, SharedBasis | SharedAtoms):
+        return _shared_bytes(form, shared, shapes)
+    total, known = 0, dict[tuple[int, int], int]()
+    for name, shape in shapes.items():
+        if shape not in known:
+            form.check(shape, name)
+            outline = form.outline(shape, HALF)
+            if outline is None:
+                return None
+            known[shape] = outline.nbytes
+        total += known[shape]
+    return total
+
+
+def _shared_bytes(form: Form, shared: SharedBasis | SharedAtoms, shapes: Shapes) -> int | None:
+    if form is not shared:
+        return None
+    total = 0
+    for group in groups_of(dict.fromkeys(shapes, form), shapes):
+        (m, n), count = shapes[group[0]], len(group)
+        form.check((m, n), group[0])
+        if isinstance(shared, SharedBasis):
+            total += HALF.itemsize * min(shared.rank_for((m, n), count), n) * (n + count * m)
+        else:
+            atoms = min(shared.atoms, count)
+            total += HALF.itemsize * (atoms * m * n + count * shared.rank * (m + n)) + 4 * atoms * count
+    return total
+
+
+def largest(settings: Iterable[str], shapes: Shapes, allowed: float) -> tuple[str, int] | None:
+    """Find the setting of most bytes that are no more than allowed; None if even the smallest takes more.
+
+    Settings that one of the shapes cannot take are left out; of several as large the first is taken.
+
+    Examples
+    --------
+    >>> ranks = [f"low_rank({rank})" for rank in (1, 2, 4, 8)]
+    >>> largest(ranks, {"a": (16, 16), "b": (16, 16)}, 600)
+    ('low_rank(4)', 512)
+    """
+    return _best(_sizes(settings, shapes), allowed)
+
+
+def _sizes(settings: Iterable[str], shapes: Shapes) -> list[tuple[str, int]]:
+    found = []
+    for text in settings:
+        try:
+            size = planned_bytes(Form.parse(text), shapes)
+        except FormError:
+            continue
+        if size is not None:
+            found.append((text, size))
+    return found
+
+
+def _best(sizes: Iterable[tuple[str, int]], allowed: float) -> tuple[str, int] | None:
+    return max((pair for pair in sizes if pair[1] <= allowed), key=lambda pair: pair[1], default=None)
+
+
+def allowance(budget: float | str, shapes: Shapes) -> float:
+    """Bytes that a budget allows: a share of these matrices at 16 bits, or what they take in a named form."""
+    if isinstance(budget, str):
+        size = planned_bytes(Form.parse(budget), shapes)
+        if size is None:
+            raise FormError(f"fidelity: how many bytes '{budget}' takes is not known beforehand; it is no budget")
+        return size
+    return budget * HALF.itemsize * sum(m * n for m, n in shapes.values())
+
+
+def _ratios(text: str, most: float = 1.0) -> tuple[str, ...]:
+    return tuple(text.format(i / 200) for i in range(2, int(most * 200) + 1))
+
+
+def _numbers(text: str, numbers: Sequence[int]) -> tuple[str, ...]:
+    return tuple(text.format(number) for number in numbers)
+
+
+def _fixed(name: str, kind: str, text: str, *, data: bool = True) -> Family:
+    return Family(name, kind, (text,), (), data)
+
+
+def _low_rank() -> list[Family]:
+    both = (*CUTS, *BUDGETS)
+    found = [
+        Family("svd", "low rank", _ratios("low_rank(ratio={})"), both, data=False),
+        Family("fwsvd", "low rank", _ratios("fwsvd(ratio={})"), both),
+        Family("asvd", "low rank", _ratios("asvd(ratio={})"), both),
+        Family("low_rank", "low rank", _ratios("low_rank(ratio={})"), both),
+        Family("sparse_dictionary", "low rank", _ratios("sparse_dictionary(ratio={}, iterations=20)"), both),
+        Family("shared_basis", "low rank", _ratios("shared_basis(ratio={}, group=2)"), (0.8, *BUDGETS)),
+        Family("low_rank | int8", "low rank", _ratios("low_rank(ratio={}) | int8", 2.0)),
+        Family("low_rank | int4", "low rank", _ratios("low_rank(ratio={}) | int4(group=32)", 2.0), BUDGETS[2:]),
+        Family("sparse_low_rank", "low rank", _ratios("sparse_low_rank(ratio={}, density=0.03)")),
+    ]
+    for share in (0.8, 0.7):  # what the attention of a model is cut to, its MLPs left as they are
+        found += [
+            Family("low_rank, attention", "attention", _ratios("low_rank(ratio={})"), (share,), scope="attention"),
+            Family("shared_basis, attention", "attention", _ratios("shared_basis(ratio={}, group=2)"), (share,), scope="attention"),
+        ]  # fmt: skip
+        for atoms in (1, 2, 3, 4):
+            settings = _numbers(f"shared_atoms({atoms}, {{}})", range(1, 128))
+            found.append(
+                Family(f"shared_atoms({atoms}), attention", "attention", settings, (share,), scope="attention")
+            )
+    return found
+
+
+def _structured() -> list[Family]:
+    return [
+        Family("monarch", "structured", _numbers("monarch(blocks=4, rank={})", range(1, 65))),
+        Family("block_shuffle", "structured", _numbers("block_shuffle(blocks=2, rank={})", range(1, 129))),
+        Family("block_dense", "structured", _ratios("block_dense(blocks=2, ratio={})")),
+        Family("blast", "structured", _ratios("blast(blocks=16, ratio={}, iterations=60)")),
+        Family("block_diagonal", "structured", _numbers("block_diagonal({})", (2, 4, 8)), (0.5, 0.25, 0.125)),
+        Family("permuted_block_diagonal", "structured", _numbers("permuted_block_diagonal({})", (2, 4, 8)), (0.75, 0.375, 0.25)),
+    ]  # fmt: skip
+
+
+def _sparse() -> list[Family]:
+    found = []
+    for method in ("magnitude", "wanda", "sparsegpt", "nowag"):
+        data = method != "magnitude"
+        found.append(_fixed(f"2:4 {method}", "sparse", f"sparse24(method='{method}')", data=data))
+    found += [
+        _fixed("2:4 armor", "sparse", "armor(block=32, iterations=600, rate=0.001)"),
+        _fixed("4:8 sparsegpt", "sparse", "sparse_nm(4, 8, method='sparsegpt')"),
+        _fixed("2:4 sparsegpt | int4", "sparse", "sparse24(method='sparsegpt') | int4(group=64)"),
+    ]
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        settings = _ratios("unstructured(density={}, " + f"method='{method}')")
+        found.append(Family(f"unstructured {method}", "sparse", settings, data=method != "magnitude"))
+    return [*found, Family("column_sparse", "sparse", _ratios("column_sparse(density={})"))]
+
+
+def _quantized() -> list[Family]:
+    found = [_fixed("int8", "quantized", "int8", data=False)]
+    for bits, settings in (
+        (4, "group=128, symmetric=false"),
+        (3, "group=128"),
+        (3, "group=32"),
+        (2, "group=64"),
+        (2, "group=32"),
+    ):
+        group = settings.partition("=")[2].partition(",")[0]
+        label = (
+            f"int{bits}" if (bits, group) in ((4, "128"), (3, "128"), (2, "64")) else f"int{bits}, groups of {group}"
+        )
+        found.append(_fixed(f"{label} nearest", "quantized", f"int{bits}({settings})", data=False))
+        found.append(_fixed(f"{label} gptq", "quantized", f"int{bits}({settings}, rounding='gptq')"))
+        if "," not in label:
+            found.append(_fixed(f"{label} quantease", "quantized", f"int{bits}({settings}, rounding='quantease')"))
+            found.append(_fixed(f"{label} awq", "quantized", f'awq(base="int{bits}({settings})")'))
+    found.append(
+        _fixed("int4 awq, gptq", "quantized", "awq(base=\"int4(group=128, symmetric=false, rounding='gptq')\")")
+    )
+    for bits, plain in ((3, "int3(group=32)"), (2, "int2(group=32)")):
+        base = f"int{bits}(group={128 if bits == 3 else 64}{{}})"
+        for name, rounding in ((f"lorc int{bits}", ""), (f"lorc int{bits} gptq", ", rounding='gptq'")):
+            text = f'lorc({{}}, base="{base.format(rounding)}")'
+            found.append(Family(name, "quantized", _numbers(text, range(1, 65)), (plain, 0.375)))
+        text = f"lq({{}}, base='nf{bits}(double=true)', turns=20)"
+        found.append(Family(f"lq nf{bits}", "quantized", _numbers(text, range(1, 65)), (plain, 0.375)))
+    named = (
+        "nf4",
+        "nf4(double=true)",
+        "nf3(double=true)",
+        "nf2(double=true)",
+        "fp4",
+        "fp4(kind='bitsandbytes')",
+        "fp8",
+    )
+    found += [_fixed(text, "quantized", text, data=False) for text in named]
+    vectors = ((8, 2), (7, 2), (6, 2), (8, 4), (7, 4), (6, 4))
+    floats = ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 3))
+    codes = [f"product_quantization(bits={b}, dim={d})" for b, d in vectors]
+    return [
+        *found,
+        Family("kmeans", "quantized", _numbers("kmeans(bits={})", range(1, 9)), (0.75, 0.375, 0.25, 0.2, 0.14)),
+        Family("product_quantization", "quantized", tuple(codes), (0.375, 0.25, 0.2, 0.15)),
+        Family("minifloat", "quantized", tuple(f"minifloat({e}, {m})" for e, m in floats), (0.6, 0.5, 0.4, 0.3, 0.22)),
+    ]
+
+
+def _activations() -> list[Family]:
+    texts = {
+        "int8, rounded inputs": "int8(activations=true)",
+        "smoothquant": "smoothquant",
+        "llm_int8": "llm_int8",
+        **{f"{name}({share})": f"{name}({share})" for name in ("teal", "wina") for share in (0.25, 0.5)},
+    }
+    return [_fixed(name, "activations", text) for name, text in texts.items()]
+
+
+def _experts() -> list[Family]:
+    """Of the mixture alone: what the experts of a layer share."""
+    one = ("shared_atoms(1)",)
+    return [
+        Family("experts averaged", "experts", one, (), scope="experts"),
+        Family("union svd of experts", "experts", _ratios("shared_basis(ratio={}, group=0)"), one, scope="experts"),
+        Family("low_rank of experts", "experts", _ratios("low_rank(ratio={})"), one, scope="experts"),
+    ]
+
+
+# What the published orders need stands first: a run that is cut short has them.
+FAMILIES: tuple[Family, ...] = (
+    Family("dense", "dense", ("dense",), ()),
+    *_low_rank(),
+    *_sparse(),
+    *_quantized(),
+    *_structured(),
+    *_activations(),
+    *_experts(),
+)
+
+
+def choices(family: Family, shapes: Shapes) -> list[tuple[str, float | str | None]]:
+    """Settings of a family for a model's matrices: text, and the budget it is for; those that no setting meets are left out."""
+    if not family.budgets:
+        return [(family.settings[0], None)]
+    sizes = _sizes(family.settings, shapes)
+    best = {budget: _best(sizes, allowance(budget, shapes)) for budget in family.budgets}
+    return [(setting[0], budget) for budget, setting in best.items() if setting is not None]
