@@ -10,7 +10,7 @@ from torch import Tensor, fx
 if TYPE_CHECKING:
     from recast.patterns.program import Program
 
-__all__ = ["canonicalise"]
+__all__ = ["canonicalise", "write_out"]
 
 aten = torch.ops.aten
 
@@ -51,7 +51,7 @@ def settle_numbers(graph: fx.Graph) -> None:
             known[node] = node.target(*args, **(kwargs | {"device": "cpu"} if "device" in kwargs else kwargs))
     for node, value in reversed(known.items()):
         if node.target in _READS and isinstance(value, int | float | bool):
-            _write_out(node, value)
+            write_out(node, value)
 
 
 _MADE = {aten.arange.default, aten.arange.start, aten.arange.start_step, aten.scalar_tensor.default, aten.full.default}
@@ -73,7 +73,8 @@ def _small(node: fx.Node) -> bool:
     )
 
 
-def _write_out(node: fx.Node, value: Any) -> None:
+def write_out(node: fx.Node, value: Any) -> None:
+    """Write a value that is known where it is read."""
     for user in list(node.users):
         user.args = fx.node.map_arg(user.args, lambda n: value if n is node else n)
         user.kwargs = fx.node.map_arg(user.kwargs, lambda n: value if n is node else n)

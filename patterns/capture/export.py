@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from recast.patterns.capture import switches
 from recast.patterns.capture.canonical import canonicalise
+from recast.patterns.capture.composites import can_be_expanded, expand_composites
 from recast.patterns.capture.decisions import decisions
 from recast.patterns.capture.switches import Switch
 from recast.patterns.errors import CaptureError
@@ -198,7 +199,11 @@ def _traced(
         args, kwargs = _fresh((example.args, example.kwargs))
         trace: Any = torch.export.draft_export if attempt.draft else torch.export.export
         exported = trace(model, args, kwargs, dynamic_shapes=example.shapes, strict=False)
-        exported = exported.run_decompositions({})
+        # Tracing it all again, to have no operation write in place, takes twice as long as tracing did.
+        if any(module.training for module in model.modules()) or not can_be_expanded(exported.graph_module):
+            exported = exported.run_decompositions({})
+        else:
+            expand_composites(exported.graph_module)
         notes = [note for notes in said for note in notes]
     if attempt.draft:
         notes.append(

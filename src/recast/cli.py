@@ -29,7 +29,8 @@ _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__na
 app = typer.Typer(
     name="recast",
     help="Find every weight matrix of a PyTorch model, rewrite it into a cheaper form, prove it, run it.",
-    epilog="Exit status: 0 done; 1 a threshold was missed; 2 bad input (one message, nothing half written).",
+    epilog="Exit status: 0 done; 1 a threshold was missed; 2 bad input (one message, nothing half written); 3 a defect of "
+    "recast; 130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     add_completion=False,

@@ -179,8 +179,16 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+# float32 hides what a cast does: every family in another dtype, those whose norms differ in both.
+DTYPES = {
+    "llama": (torch.float64, torch.bfloat16),
+    "gemma3_text": (torch.float64, torch.bfloat16),
+    "bert": (torch.float32,),
+}
+FAMILY_CASES = [(family, dtype) for family in FAMILIES for dtype in DTYPES.get(family, (torch.bfloat16,))]
+
+
+@pytest.mark.parametrize(("family", "dtype"), FAMILY_CASES, ids=str)
 def test_family(family: str, dtype: torch.dtype) -> None:
     """Tiny transformers models with their heads as many as tokens, in three dtypes."""
     pytest.importorskip("transformers")

@@ -1,5 +1,6 @@
 """Attention in every spelling is found with its linears, and what is none is told of with the reason."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -136,14 +137,20 @@ def attentions(program: recast.Program) -> list[AttentionSite]:
     return [s for s in recognise(program).sites if isinstance(s, AttentionSite)]
 
 
+@functools.cache
+def captured(core: Core) -> recast.Program:
+    """In float64, with free sizes; what is found there is not changed by any test."""
+    x, mask = inputs()
+    return recast.capture(Block(core).double().eval(), (x.double(), mask))
+
+
 def pieces(site: AttentionSite) -> list[str | None]:
     return [p.name if p is not None else None for p in (site.q, site.k, site.v, site.o)]
 
 
 @pytest.mark.parametrize("core", CORES, ids=lambda c: c.__name__)
 def test_every_spelling_is_found_with_its_linears(core: Core) -> None:
-    program = recast.capture(Block(core).eval(), inputs())
-    found = recognise(program)
+    found = recognise(captured(core))
     (site,) = [s for s in found.sites if isinstance(s, AttentionSite)]
     assert pieces(site) == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert (site.heads, site.kv_heads, site.head_dim, site.value_dim) == (H, H, D, D)
@@ -153,16 +160,11 @@ def test_every_spelling_is_found_with_its_linears(core: Core) -> None:
 
 
 @pytest.mark.parametrize("core", CORES, ids=lambda c: c.__name__)
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 3), (3, H), (2, 7)])
-def test_what_a_site_stands_for_computes_the_same(core: Core, batch: int, tokens: int) -> None:
+def test_what_a_site_stands_for_computes_the_same(core: Core) -> None:
     """The dialect's operation on the values that enter the core gives what the core gives, also with tokens == heads."""
     from recast.patterns.attention.dialect import emit
 
-    model = Block(core).double().eval()
-    x, mask = inputs(batch, tokens)
-    given = (x.double(), mask)
-    x, mask = inputs()
-    program = recast.capture(model, (x.double(), mask))
+    program = captured(core)
     (site,) = attentions(program)
     emitted = emit(site)
     if core in (written_as_einsum, batched, flipped):
@@ -178,9 +180,11 @@ def test_what_a_site_stands_for_computes_the_same(core: Core, batch: int, tokens
             seen[node] = super().run_node(node)
             return seen[node]
 
-    Record(program.module).run(*given)
-    values = torch.fx.node.map_arg(operands, lambda node: seen[node])
-    assert_close(function(*values, **options), seen[site.node], terms=D)
+    for batch, tokens in ((1, 3), (3, H), (2, 7)):
+        x, mask = inputs(batch, tokens)
+        Record(program.module).run(x.double(), mask)
+        values = torch.fx.node.map_arg(operands, lambda node: seen[node])
+        assert_close(function(*values, **options), seen[site.node], terms=D)
 
 
 def test_grouped_queries_in_every_way_of_repeating() -> None:
@@ -216,16 +220,16 @@ def test_cross_attention_takes_keys_from_elsewhere() -> None:
     ids=["fused", "causal", "filled", "plain"],
 )
 def test_kind_of_mask(core: Core, kind: str) -> None:
-    (site,) = attentions(recast.capture(Block(core).eval(), inputs()))
+    (site,) = attentions(captured(core))
     assert site.mask in (kind, "causal" if kind == "boolean" else kind)
 
 
 def test_steps_are_read() -> None:
-    (site,) = attentions(recast.capture(Block(capped).eval(), inputs()))
+    (site,) = attentions(captured(capped))
     assert site.softcap == pytest.approx(20.0)
     assert site.scale == pytest.approx(1.0)
     assert site.normaliser == "softmax"
-    (site,) = attentions(recast.capture(Block(sunk).eval(), inputs()))
+    (site,) = attentions(captured(sunk))
     assert site.sinks is not None
     assert site.scale == pytest.approx(0.5)
 

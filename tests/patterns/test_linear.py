@@ -410,6 +410,9 @@ def test_a_tied_embedding_is_named_and_left_dense_unless_asked() -> None:
     plan = recast.plan(program, {"default": "int8", "tied": True}, cache=OperatorCache(None))
     result = recast.rewrite(program, plan, cache=OperatorCache(None), pictures=False)
     assert list(result.weights) == ["embed.weight"], "the lookup still reads the dense weight"
+    assert plan.notes == [
+        "tied: embedding still needs the dense weight of embed, which is kept beside the rewritten one"
+    ]
 
 
 def test_conv1d_of_transformers() -> None:

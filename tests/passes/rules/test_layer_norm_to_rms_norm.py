@@ -75,7 +75,7 @@ def test_with_scales_folded_first() -> None:
 
 
 REASONS = {
-    "layer_scale": "'mul_",
+    "layer_scale": "'mul",
     "activation": "is no linear, embedding, convolution or constant",
     "embedding_norm": "(post-norm), whose mean is not zero",
     "tapped": "of the residual stream back as a result",
