@@ -35,7 +35,8 @@ os.environ.setdefault("RECAST_CACHE", "off")
 import torch
 from rich.console import Console
 
-from benchmarks.fidelity_forms import FAMILIES, HALF, Family, choices
+from benchmarks.fidelity_budget import HALF, Family, choices
+from benchmarks.fidelity_forms import FAMILIES, stage
 from benchmarks.fidelity_orders import check_orders, orders_table
 from benchmarks.fidelity_picture import draw
 from benchmarks.fidelity_rows import key_of, rows_table
@@ -90,22 +91,30 @@ def measure(subject: Subject, task: Task) -> dict[str, Any]:
         return row | {"bytes": dense, "share": 1.0, "facts": subject.facts} | subject.judge(subject.program)
     cache = HalfCache()
     every = "|".join(re.escape(name) for name in shapes)
-    recipe = {"rules": [{"match": f"re:(?:{every})", "form": task.text}], "allow_larger": True}
+    match = {"match": "*", "kind": task.family.block} if task.family.block else {"match": f"re:(?:{every})"}
+    recipe = {"rules": [match | {"form": task.text}], "allow_larger": True}
     data = subject.calibration if task.family.data else None
     options: dict[str, Any] = {"cache": cache, "progress": False}
     plan = recast.plan(subject.program, recipe, data, **options)
     changed = recast.rewrite(subject.program, plan, verification=False, measure=False, pictures=False, **options)
-    held = sum(cache.bytes.values())
-    stats = {name: subject.held_out.of(name) for name in shapes if name in subject.held_out}
-    layers = cache.layer_errors(stats, subject.matrices)
+    held, layers = sum(cache.bytes.values()), list[float]()
+    if task.family.block:  # plain matrices in the program's own float32
+        held, before = (
+            sum(getattr(e, name) for e in plan.entries.values()) // 2 for name in ("bytes_after", "bytes_before")
+        )
+        if before != dense:
+            raise ValueError(f"blocks of {before} bytes were rewritten, {dense} are compared: {plan.skipped}")
+    else:
+        stats = {name: subject.held_out.of(name) for name in shapes if name in subject.held_out}
+        layers = list(cache.layer_errors(stats, subject.matrices).values())
     seen = [entry.predicted_error for entry in plan.entries.values()]
     row |= {
         "bytes": held,
         "share": round(held / dense, 5),
-        "matrices": len(cache.bytes),
-        "fit_seconds": round(cache.seconds, 3),
-        "layer_error": round(sum(layers.values()) / len(layers), 6),
-        "worst_layer_error": round(max(layers.values()), 6),
+        "matrices": len(shapes),
+        "fit_seconds": round(cache.seconds, 3) if not task.family.block else None,
+        "layer_error": round(sum(layers) / len(layers), 6) if layers else None,
+        "worst_layer_error": round(max(layers), 6) if layers else None,
         "layer_error_on_calibration": round(sum(seen) / len(seen), 6) if data is not None else None,
     }
     start = time.perf_counter()
@@ -116,8 +125,8 @@ def measure(subject: Subject, task: Task) -> dict[str, Any]:
 def tasks_of(subject: Subject, only: str | None, quick: bool) -> list[Task]:
     """The rows of one model, in the order in which they are measured."""
     found = []
-    for family in FAMILIES:
-        if family.scope == "experts" and not subject.shapes("experts"):
+    for family in sorted(FAMILIES, key=stage):
+        if not subject.shapes(family.scope):
             continue
         if quick and family.name not in QUICK:
             continue
@@ -180,7 +189,9 @@ def run(
             if parts is not None:
                 write(parts / left[i].file, row)
             figure = row.get("failed") or f"{row['share']:.1%} of the bytes, " + ", ".join(
-                f"{key} {row[key]:.4f}" for key in ("perplexity", "cosine", "layer_error", "fit_seconds") if key in row
+                f"{key} {row[key]:.4f}"
+                for key in ("perplexity", "cosine", "layer_error", "fit_seconds")
+                if row.get(key) is not None
             )
             log(f"{name} {i + 1}/{len(left)} {row['form']} [{row['text']}]: {figure}")
     return rows

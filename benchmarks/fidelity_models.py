@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import recast
 from benchmarks import language_model
 from benchmarks.corpus import perplexity, windows
 from benchmarks.encoder_inputs import _spread, cosines, directory, encoder, passages, sentences
-from benchmarks.fidelity_forms import HALF, Shapes
+from benchmarks.fidelity_budget import HALF, Shapes
 from recast.passes.cache import Fitted, OperatorCache
 from recast.passes.calibration import Calibration
 from recast.passes.errors_of import measured_errors
@@ -28,10 +29,12 @@ from recast.patterns.program import Program
 MODELS = ("llama", "minilm", "mixtral")
 SMALLEST = 32  # a matrix with a side below this (a router) stays as it is
 SAMPLE = 1024  # held-out inputs of each matrix on which its error is measured
-SCOPES: dict[str, Callable[[str], bool]] = {
-    "all": lambda name: True,
-    "attention": lambda name: "attn" in name or "attention" in name,
-    "experts": lambda name: "experts" in name,
+SCOPES = {
+    "all": r"",
+    "attention": r"attn|attention",
+    "mlp": r"^(?!.*(attn|attention|experts))",
+    "values": r"v_proj|o_proj|value|attention\.output",
+    "experts": r"experts",
 }
 
 
@@ -49,7 +52,7 @@ class Subject:
 
     def shapes(self, scope: str) -> Shapes:
         """Shapes of the matrices that a scope rewrites."""
-        return {name: matrix.shape for name, matrix in self.matrices.items() if SCOPES[scope](name)}
+        return {name: matrix.shape for name, matrix in self.matrices.items() if re.search(SCOPES[scope], name)}
 
 
 class HalfCache(OperatorCache):

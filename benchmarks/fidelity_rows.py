@@ -50,6 +50,6 @@ def rows_table(rows: list[dict[str, Any]], title: str) -> Table:
         errors = [
             f"{row[name]:.4f}" if row.get(name) is not None else "-" for name in ("layer_error", "worst_layer_error")
         ]
-        seconds = f"{row['fit_seconds']:.1f}" if "fit_seconds" in row else "-"
+        seconds = f"{row['fit_seconds']:.1f}" if row.get("fit_seconds") is not None else "-"
         table.add_row(*cells, f"{row['share']:.1%}", *figures, *errors, seconds)
     return table

@@ -25,7 +25,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
-@pytest.mark.parametrize("name", ["fidelity_forms", "fidelity_picture", "fidelity_rows"])
+@pytest.mark.parametrize("name", ["fidelity_budget", "fidelity_picture", "fidelity_rows"])
 def test_examples(module: Any, name: str) -> None:
     found = doctest.testmod(module(name))
     assert found.attempted > 0
@@ -45,17 +45,17 @@ def test_examples(module: Any, name: str) -> None:
     ],
 )
 def test_planned_bytes_are_those_of_the_fit(module: Any, text: str) -> None:
-    forms, form = module("fidelity_forms"), Form.parse(text)
+    forms, form = module("fidelity_budget"), Form.parse(text)
     torch.manual_seed(0)
     weights = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in SHAPES.items()}
-    groups = module("fidelity_forms").groups_of(dict.fromkeys(SHAPES, form), SHAPES) or [[name] for name in SHAPES]
+    groups = forms.groups_of(dict.fromkeys(SHAPES, form), SHAPES) or [[name] for name in SHAPES]
     held = sum(sum(divided(form.fit_together([weights[n] for n in group], [None] * len(group)))) for group in groups)
     # Bytes that several hold in common are counted in parts, each rounded up.
     assert 0 <= held - forms.planned_bytes(form, SHAPES) <= len(SHAPES) * 4
 
 
 def test_largest_setting_within_the_budget(module: Any) -> None:
-    forms = module("fidelity_forms")
+    forms = module("fidelity_budget")
     dense = sum(2 * m * n for m, n in SHAPES.values())
     settings = [f"low_rank({rank})" for rank in range(1, 40)]  # those above 16 do not fit these shapes
     text, size = forms.largest(settings, SHAPES, dense / 2)
@@ -73,9 +73,9 @@ def test_every_family_can_be_read(module: Any) -> None:
     shapes = {f"model.layers.{i}.{kind}": (64, 64) for i in range(2) for kind in ("q", "up")}
     for family in forms.FAMILIES:
         Form.parse(family.settings[-1])
-        assert family.budgets == () or len(family.settings) > 1
+        assert family.budgets == () or len(family.settings) > 1 or family.block
     family = next(f for f in forms.FAMILIES if f.name == "low_rank")
-    chosen = forms.choices(family, shapes)
+    chosen = module("fidelity_budget").choices(family, shapes)
     assert [budget for _, budget in chosen] == list(family.budgets)
     assert chosen[0] == ("low_rank(ratio=0.875)", 0.9)  # rank 28 of 64 x 64, and the least ratio that gives it
 
@@ -133,7 +133,6 @@ def test_orders_are_compared(module: Any) -> None:
         ("SparseGPT <= Wanda < magnitude at 2:4", "own"): False,
         ("ARMOR closes 40 % of the gap of NoWag-P", "own"): True,  # half of it
         ("whitened < ASVD < plain SVD", "80%"): True,
-        ("MoDeGPT below SVD at equal cut", "-"): None,
     }
 
 
