@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -16,11 +16,13 @@ SHARES = (0.09, 1.05)
 TICKS = (0.1, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 # Nine colours that differ in lightness, too; then the same again, dashed.
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa3", "#008b9a", "#a0522d", "#d16ba5", "#5b6770")
+HEAD = 62
+CAPTION = "across: share of the bytes at 16 bits a value; dashed: the dense model; grey: the best of all forms; ^: has points above"
 STYLE = (
     'font-family="system-ui, sans-serif" font-size="12" fill="#222" role="img" '
     'aria-label="perplexity over bytes for every weight form"'
 )
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 620, 400, 52, 34, 40, 190
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 640, 400, 52, 34, 40, 210
 
 
 def draw(rows: Sequence[Row]) -> str:
@@ -30,17 +32,17 @@ def draw(rows: Sequence[Row]) -> str:
     ]
     dense = next(float(row["perplexity"]) for row in good if row["form"] == "dense")
     best = frontier((float(row["share"]), float(row["perplexity"])) for row in good if row["form"] != "dense")
-    width, height = 2 * WIDTH, 2 * HEIGHT + 46
+    width, height = 2 * WIDTH, 2 * HEIGHT + HEAD
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" {STYLE}>',
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
         '<text x="16" y="26" font-size="16" font-weight="600">Held-out perplexity over bytes of the rewritten matrices</text>',
-        '<text x="430" y="26" fill="#555">share of 16 bits a value; dashed: the dense model; grey: the best of all forms</text>',
+        f'<text x="16" y="48" fill="#555">{CAPTION}</text>',
     ]
     for i, kind in enumerate(PANELS):
         lines = lines_of(row for row in good if row["kind"] == kind)
         panel = _panel(kind, lines, dense, best, i)
-        parts.append(f'<g transform="translate({i % 2 * WIDTH} {46 + i // 2 * HEIGHT})">{panel}</g>')
+        parts.append(f'<g transform="translate({i % 2 * WIDTH} {HEAD + i // 2 * HEIGHT})">{panel}</g>')
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -48,7 +50,7 @@ def lines_of(rows: Iterable[Row]) -> dict[str, list[Point]]:
     """Points of each form from few bytes to many, forms in the order of how well they do."""
     found: dict[str, list[Point]] = {}
     for row in rows:
-        found.setdefault(row["form"], []).append((float(row["share"]), float(row["perplexity"])))
+        found.setdefault(line_of(row["form"]), []).append((float(row["share"]), float(row["perplexity"])))
 
     def score(points: list[Point]) -> float:
         # Bytes count as much as logarithms of perplexity do: nobody is first for having tried large sizes only.
@@ -56,6 +58,18 @@ def lines_of(rows: Iterable[Row]) -> dict[str, list[Point]]:
 
     ordered = sorted(found.items(), key=lambda item: score(item[1]))
     return {name: sorted(points) for name, points in ordered}
+
+
+def line_of(form: str) -> str:
+    """The line that a form is on: a method of rounding is one for all of its bits.
+
+    Examples
+    --------
+    >>> line_of("int3, groups of 32 gptq"), line_of("lorc int2"), line_of("nf3(double=true)"), line_of("int8")
+    ('int gptq', 'lorc', 'nf', 'int8')
+    """
+    form = re.sub(r"^int[234](, groups of \d+)? ", "int ", form)
+    return re.sub(r"^(lorc|lq|nf).*?(| gptq)$", r"\1\2", form)
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
@@ -127,8 +141,5 @@ def _panel(kind: str, lines: Mapping[str, list[Point]], dense: float, best: Sequ
 
 
 def _beyond(points: Sequence[Point], dense: float) -> str:
-    """Say where points are that the panel does not show."""
-    above = list(itertools.takewhile(lambda point: point[1] > dense * WORST, points))
-    if not above:
-        return ""
-    return " (above)" if len(above) == len(points) else f" (above at {above[-1][0]:.0%})"
+    """Mark a form that has points which the panel does not show."""
+    return " ^" if any(y > dense * WORST for _, y in points) else ""
