@@ -47,10 +47,10 @@ class Constants:
                 self.sources[node] = tuple(dict.fromkeys(names))
 
     def _made_of_constants(self, node: fx.Node) -> bool:
+        if node.op != "call_function":
+            return False
         operands = node.all_input_nodes
-        return (
-            node.op == "call_function" and bool(operands) and _pure(node) and all(n in self.sources for n in operands)
-        )
+        return bool(operands) and all(n in self.sources for n in operands) and _pure(node)
 
     def __contains__(self, node: object) -> bool:
         return node in self.sources

@@ -205,7 +205,7 @@ class Derivation:
         """The same formula with weights replaced by what they were made of."""
         if self.op == "weight":
             return known.get(self.options[0], self)
-        if self.op == "zeros":
+        if not self.operands:
             return self
         first, *others = (operand.substitute(known) for operand in self.operands)
         if self.op == "cat":

@@ -11,8 +11,9 @@ import abc
 import dataclasses
 import functools
 import itertools
+import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -103,11 +104,10 @@ class Scope:
         return dict(zip((a.name for a in schema.arguments), self.arguments(node), strict=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class State:
+class State(NamedTuple):  # made at every step, and a tuple is made faster than an object with attributes
     """What is known after a part of a pattern matched: bound names, and nodes taken in, the last first."""
 
-    bound: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bound: Mapping[str, Any] = types.MappingProxyType({})
     nodes: tuple[fx.Node, ...] = ()
 
     def bind(self, name: str | None, value: Any) -> State | None:
@@ -125,7 +125,6 @@ class State:
 
 
 Reason = str | Callable[[], str]
-_NOTHING = (-1.0, "")
 
 
 def in_words(reason: Reason) -> str:
@@ -167,12 +166,15 @@ class Trail:
 
         A reason may be a function that gives the words: most failures are never told of.
         """
-        depth = len(state.nodes) + (0.5 if nearly else 0.0)
-        node = value if isinstance(value, fx.Node) else (state.nodes[-1] if state.nodes else None)
-        if node is not None and depth > self.failures.get(node, _NOTHING)[0]:
-            self.failures[node] = (depth, reason)
+        nodes = state.nodes
+        depth = len(nodes) + 0.5 if nearly else len(nodes)
+        node = value if isinstance(value, fx.Node) else (nodes[-1] if nodes else None)
+        if node is not None:
+            known = self.failures.get(node)
+            if known is None or depth > known[0]:
+                self.failures[node] = (depth, reason)
         if depth > self.depth:
-            self.depth, self._reason, self.seen, self.node = depth, reason, state.nodes, node
+            self.depth, self._reason, self.seen, self.node = depth, reason, nodes, node
 
 
 class Pattern(abc.ABC):
@@ -294,6 +296,10 @@ class Call(Pattern):
     named: tuple[tuple[str, Pattern], ...] = ()
     where: Test | None = None
 
+    @functools.cached_property
+    def _identities(self) -> frozenset[int]:
+        return frozenset(map(id, self.ops))
+
     @staticmethod
     def of(
         ops: Any,
@@ -313,7 +319,7 @@ class Call(Pattern):
 
     def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
         """Take the node in, then match its operands."""
-        if not isinstance(value, fx.Node) or value.op != "call_function" or not among(value, self.ops):
+        if not isinstance(value, fx.Node) or id(value.target) not in self._identities or value.op != "call_function":
             trail.fail(state, value, lambda: f"{_called(value)} is not {_names(self.ops)}")
             return
         if self.where is not None and not self.where(value, scope):

@@ -335,6 +335,9 @@ def get_by_path(root: nn.Module, path: str) -> Any:
     """
     value: Any = root
     for part in path.split("."):
+        if isinstance(value, nn.Module) and part in value._modules:  # far faster than asking for an attribute
+            value = value._modules[part]
+            continue
         try:
             value = getattr(value, part)
         except AttributeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from typing import Any
 
@@ -58,9 +59,31 @@ def expand_composites(module: fx.GraphModule) -> None:
             _by_kept_statistics(module.graph, node)
         elif _is_expanded(node.target):
             _expand(module.graph, node)
+    _multiply_sizes(module.graph)
     _settle_sizes(module.graph)
     _read_sizes_of_inputs(module.graph)
     module.recompile()
+
+
+def _multiply_sizes(graph: fx.Graph) -> None:
+    """Write the number of elements as a product of sizes, which every target knows."""
+    for node in graph.find_nodes(op="call_function", target=aten.sym_numel.default):
+        source = node.args[0]
+        value = source.meta["val"]
+        result: Any = math.prod(size for size in value.shape if isinstance(size, int))
+        for dimension, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt):
+                with graph.inserting_before(node):
+                    factor = graph.call_function(aten.sym_size.int, (source, dimension))
+                    factor.meta = {"val": size}
+                    before = result.meta["val"] if isinstance(result, fx.Node) else result
+                    result = factor if result == 1 else graph.call_function(operator.mul, (result, factor))
+                    result.meta = {"val": before * size}
+        if isinstance(result, fx.Node):
+            node.replace_all_uses_with(result)
+        else:
+            write_out(node, result)
+        graph.erase_node(node)
 
 
 def _settle_sizes(graph: fx.Graph) -> None:
