@@ -182,7 +182,7 @@ def run(
     for name in names:
         subject = prepare(name, quick=options.quick, log=log)
         tasks = tasks_of(subject, options.only, options.quick)
-        left = [task for task in tasks if rows.get(key_of(task.row), {}).get("text") != task.text]
+        left = [task for task in tasks if not _done(rows.get(key_of(task.row)), task)]
         log(f"{name}: {subject.facts}; {len(tasks)} rows, {len(left)} to measure")
         for i, row in enumerate(measured(subject, left, options.limit)):
             rows[key_of(row)] = row
@@ -195,6 +195,11 @@ def run(
             )
             log(f"{name} {i + 1}/{len(left)} {row['form']} [{row['text']}]: {figure}")
     return rows
+
+
+def _done(row: dict[str, Any] | None, task: Task) -> bool:
+    """Whether a row of an earlier run still stands; one that failed is tried again."""
+    return row is not None and row["text"] == task.text and "failed" not in row
 
 
 def kept_rows(file: Path | None, parts: Path | None) -> dict[Any, dict[str, Any]]:
