@@ -132,7 +132,7 @@ def plan(
             entries[name] = entry
     seen = {name: targets[name].stats for name in entries}
     if calibration is not None:
-        seen |= {name: calibration.of(fit.end) for name, fit in smaller.fits.items()}
+        seen |= {name: calibration.of(fit.end or next(iter(fit.made))) for name, fit in smaller.fits.items()}
     return Plan(
         fingerprint=program.fingerprint(),
         entries=smaller.entries | entries,

@@ -44,7 +44,7 @@ class Rule:
     def matches(self, name: str, kind: str = "linear") -> bool:
         """Whether a site falls under this rule."""
         goes = self.form is None or self.form.site_kind == kind or str(self.form) == "dense"
-        return goes and self.kind in ("*", kind) and name_matches(self.match, name)
+        return goes and self.kind in ("*", kind.partition(":")[0]) and name_matches(self.match, name)
 
 
 def name_matches(pattern: str, name: str) -> bool:
@@ -296,9 +296,9 @@ def _rule(value: Any, where: str) -> Rule:
     if kind not in _KINDS:
         raise RecipeError(f"recipe: kind '{kind}' in {where} is unknown; {nearest(str(kind), _KINDS)}")
     form = _form(value["form"], where)
-    if kind not in ("*", form.site_kind) and str(form) != "dense":
+    own = form.site_kind.partition(":")[0]
+    if kind not in ("*", own) and str(form) != "dense":
         raise RecipeError(
-            f"recipe: {where} gives '{form}', a form of kind {form.site_kind}, to sites of kind {kind}; "
-            f"kind: {form.site_kind} would work"
+            f"recipe: {where} gives '{form}', a form of kind {own}, to sites of kind {kind}; kind: {own} would work"
         )
     return Rule(_pattern(value.get("match", "*"), where), form, kind)

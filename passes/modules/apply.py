@@ -11,8 +11,10 @@ from recast.passes.calibration import Calibration
 from recast.passes.decided import Entry, Skip
 from recast.passes.exact import Edit
 from recast.passes.modules.block import Block, blocks_of
-from recast.passes.modules.flow import Refused, narrow
+from recast.passes.modules.flow import Picks, Refused, narrow
 from recast.passes.modules.form import Fit, ModuleForm
+from recast.passes.modules.marks import BLOCK, END
+from recast.passes.modules.meeting import meet
 from recast.passes.progress import track
 from recast.passes.recipe import Recipe
 from recast.patterns.derivation import Derivation
@@ -20,12 +22,7 @@ from recast.patterns.errors import PlanError, nearest
 from recast.patterns.memo import remembered
 from recast.patterns.program import Program
 
-__all__ = ["BLOCK", "END", "Smaller", "choose", "is_module", "make_smaller", "names_of"]
-
-BLOCK, END = (
-    "recast_block",
-    "recast_block_end",
-)  # marks on values: the block they are part of, the value that one replaces
+__all__ = ["Smaller", "choose", "is_module", "make_smaller", "names_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +43,8 @@ class Smaller:
         Names of the linears that were made anew, by the name of the block.
     names
         Of all blocks there are, where they were looked for.
+    taken
+        For queries and keys, by the name of the value: which of its features are left.
     """
 
     program: Program
@@ -54,6 +53,7 @@ class Smaller:
     entries: dict[str, Entry] = dataclasses.field(default_factory=dict)
     parts: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     names: tuple[str, ...] = ()
+    taken: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def is_module(entry: Entry) -> bool:
@@ -88,7 +88,7 @@ def choose(
     wanted: dict[str, ModuleForm] = {}
     skipped: list[Skip] = []
     for name, block in blocks.items():
-        form, _ = recipe.form_for(name, block.kind)
+        form, _ = recipe.form_for(name, block.kind, whole=block.sites[0].name)
         if not isinstance(form, ModuleForm):
             continue
         members = {piece.site.name: piece for piece in block.pieces.values()}
@@ -141,10 +141,15 @@ def make_smaller(program: Program, entries: Mapping[str, Entry], calibration: Ca
             fits[name] = _fit(program, blocks[name], form)
             if taken := next((f"'{n}' by '{done[n]}'" for n in fits[name].made if n in done), None):
                 raise Refused(f"{taken} was made smaller already")
-            _replace(edit, blocks[name], form, fits[name])
         except Refused as reason:
             raise PlanError(f"plan: '{name}' cannot become {form}: {reason}") from None
         done |= dict.fromkeys(fits[name].made, name)
+    left: dict[str, Tensor] = {}
+    for name, fit in fits.items():  # after all fits, which look at the program as it was
+        try:
+            left |= _replace(edit, blocks[name], entries[name].form, fit)
+        except Refused as reason:
+            raise PlanError(f"plan: '{name}' cannot become {entries[name].form}: {reason}") from None
     smaller = edit.finish()
     return Smaller(
         smaller,
@@ -152,6 +157,7 @@ def make_smaller(program: Program, entries: Mapping[str, Entry], calibration: Ca
         fits,
         {name: _entry(blocks[name], entries[name].form, fit) for name, fit in fits.items()},
         {name: tuple(fit.made) for name, fit in fits.items()},
+        taken=left,
     )
 
 
@@ -189,16 +195,21 @@ def _labels(fit: Fit) -> dict[str, Tensor]:
 
 def _check_shapes(block: Block, fit: Fit) -> None:
     """Refuse a block whose sizes on the way cannot be put right, without changing anything."""
-    sources, way = block.way(_labels(fit), fit.end)
+    picks: Picks = {}
+    sources, way = block.way(_labels(fit), fit.end, picks if fit.end is None else None)
     narrow(way, sources, fit.kept, change=False)
 
 
-def _replace(edit: Edit, block: Block, form: ModuleForm, fit: Fit) -> None:
-    """Put smaller matrices in place of a block's, and sizes on the way right."""
-    sources, way = block.way(_labels(fit), fit.end)
+def _replace(edit: Edit, block: Block, form: object, fit: Fit) -> dict[str, Tensor]:
+    """Put smaller matrices in place of a block's, and sizes on the way right; tell what is left of queries and keys."""
+    picks: Picks = {}
+    sources, way = block.way(_labels(fit), fit.end, picks if fit.end is None else None)
+    left = meet(edit, block, way, picks, fit.kept) if fit.end is None else {}
     narrow(way, sources, fit.kept)
     for node in way:
         node.meta[BLOCK] = block.name
+        if node.name in left:
+            node.meta[END] = node.name
     for name, made in fit.made.items():
         site = block.linears[name]
         for use in site.uses:
@@ -213,6 +224,7 @@ def _replace(edit: Edit, block: Block, form: ModuleForm, fit: Fit) -> None:
                 node.meta[END] = use.node.name
             edit.replace(use.node, node)
     edit.did(f"{block.name}: {form}, {fit.inner[0]} -> {fit.inner[1]} features")
+    return left
 
 
 def _fitted(edit: Edit, how: str, value: Tensor, old: Derivation) -> Derivation:

@@ -11,15 +11,18 @@ from torch import Tensor, fx
 from recast.passes.calibration import Calibration
 from recast.passes.exact import Edit
 from recast.passes.forms.stats import Stats
-from recast.passes.modules.flow import Refused, Way, spread
+from recast.passes.modules.flow import Picks, Refused, Way, spread
 from recast.patterns.errors import FormError, WeightError
 from recast.patterns.recognise import recognise
-from recast.patterns.sites import AttentionSite, LinearSite, MLPSite, Piece
+from recast.patterns.sites import AttentionSite, LinearSite, MLPSite, Piece, RotarySite
 
-__all__ = ["KINDS", "Block", "blocks_of"]
+__all__ = ["Block", "blocks_of"]
 
-ROLES = {"mlp": ("gate", "up", "down"), "attention": ("q", "k", "v", "o")}
-KINDS = tuple(ROLES)
+aten = torch.ops.aten
+
+# Values and output of attention are one block, queries and keys another: nothing of the one changes with the other.
+ROLES = {"mlp": ("gate", "up", "down"), "attention": ("v", "o"), "attention:qk": ("q", "k")}
+_PRODUCTS = {aten.bmm.default, aten.matmul.default, aten.scaled_dot_product_attention.default}
 
 
 class Block:
@@ -28,16 +31,18 @@ class Block:
     Attributes
     ----------
     name, kind
-        Of the first site.
+        Of the first site; for queries and keys with ``:qk``.
     sites
         Every place where these linears are used together.
     pieces
         Linears, or parts of packed ones, by role.
     """
 
-    def __init__(self, edit: Edit, sites: Sequence[MLPSite | AttentionSite], calibration: Calibration | None) -> None:
+    def __init__(
+        self, edit: Edit, sites: Sequence[MLPSite | AttentionSite], kind: str, calibration: Calibration | None
+    ) -> None:
         self.edit, self.sites, self.calibration = edit, sites, calibration
-        self.name, self.kind = sites[0].name, sites[0].kind
+        self.name, self.kind = sites[0].name + kind.removeprefix(sites[0].kind), kind
         self.pieces = {role: piece for role in ROLES[self.kind] if (piece := getattr(sites[0], role)) is not None}
 
     @cached_property
@@ -102,7 +107,9 @@ class Block:
         stats.check(self.pieces[role].site.in_features, name)
         return stats
 
-    def way(self, labels: Mapping[str, Tensor], end: str) -> tuple[dict[fx.Node, Tensor], Way]:
+    def way(
+        self, labels: Mapping[str, Tensor], end: str | None, picks: Picks | None = None
+    ) -> tuple[dict[fx.Node, Tensor], Way]:
         """Follow features from some linears to another.
 
         Parameters
@@ -110,19 +117,37 @@ class Block:
         labels
             Of the rows of each linear that makes features, by its name.
         end
-            The linear that takes them.
+            The linear that takes them; None for queries and keys, which end in a product with each other.
+        picks
+            As `spread` takes it.
 
         Returns
         -------
         The values it begins with, with their labels, and the way.
         """
-        ending = self.linears[end]
         sources = {use.node: labels[name].to(torch.int32) for name in labels for use in self.linears[name].uses}
+        if end is None:
+            return sources, spread(sources, {self.product(site) for site in self.sites}, self.edit.position, picks)
+        ending = self.linears[end]
         way = spread(sources, {use.product for use in ending.uses}, self.edit.position)
         for use in ending.uses:
             if use.x not in way:
                 raise Refused(f"'{end}' also takes '{use.x.name}', which comes from elsewhere")
         return sources, way
+
+    def rotary(self) -> list[RotarySite]:
+        """Rotary embeddings of the program."""
+        found = recognise(self.edit.program, self.edit.constants).sites
+        return [site for site in found if isinstance(site, RotarySite)]
+
+    def product(self, site: MLPSite | AttentionSite) -> fx.Node:
+        """Where queries and keys of an attention are multiplied."""
+        query: fx.Node | None = getattr(site, "query", None)
+        users = list(query.users) if query is not None else []
+        found = [n for n in users if n in site.nodes and n.target in _PRODUCTS]
+        if len(found) != 1:
+            raise Refused("the product of its queries and keys cannot be told from the graph")
+        return found[0]
 
     def arriving(self, labels: Mapping[str, Tensor], end: str) -> Tensor:
         """Labels of the features that a linear takes, the same at each of its uses; int32 (in_features,)."""
@@ -138,8 +163,12 @@ def blocks_of(edit: Edit, calibration: Calibration | None) -> dict[str, Block]:
     """The feed-forward and attention blocks of a program, by name; those that use the same linears are one."""
     together: dict[tuple[object, ...], list[MLPSite | AttentionSite]] = {}
     for site in recognise(edit.program, edit.constants).sites:
-        if isinstance(site, MLPSite | AttentionSite):
-            pieces = (getattr(site, role) for role in ROLES[site.kind])
-            key = (site.kind, *((p.site.name, p.part) if p is not None else None for p in pieces))
-            together.setdefault(key, []).append(site)
-    return {sites[0].name: Block(edit, sites, calibration) for sites in together.values()}
+        if not isinstance(site, MLPSite | AttentionSite):
+            continue
+        for kind, roles in ROLES.items():
+            if kind.partition(":")[0] == site.kind:
+                pieces = (getattr(site, role) for role in roles)
+                key = (kind, *((p.site.name, p.part) if p is not None else None for p in pieces))
+                together.setdefault(key, []).append(site)
+    blocks = [Block(edit, sites, str(key[0]), calibration) for key, sites in together.items()]
+    return {block.name: block for block in blocks}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from recast.passes.modules.apply import BLOCK, END
-from recast.passes.modules.form import Fit
+from recast.passes.modules.apply import Smaller
+from recast.passes.modules.marks import BLOCK, END
 from recast.passes.report import fidelity
 from recast.patterns.errors import VerificationError
 from recast.patterns.linear.find import find_linear
@@ -53,8 +54,10 @@ class _Blocks(fx.Interpreter):
         return self.known.get(n.name)
 
 
-def check_blocks(before: Program, after: Program, probe: list[Any], fits: Mapping[str, Fit], bound: float) -> None:
+def check_blocks(before: Program, after: Program, probe: list[Any], smaller: Smaller, bound: float) -> None:
     """Each block must compute what its fit stands for: the fit's form of the last linear, on what that linear took.
+
+    Of queries and keys, those features must be left that the fit keeps, as they were.
 
     Parameters
     ----------
@@ -62,8 +65,8 @@ def check_blocks(before: Program, after: Program, probe: list[Any], fits: Mappin
         Around `apply_modules`, whose marks `after` carries.
     probe
         Inputs.
-    fits
-        By name of the block; none where another pass was run.
+    smaller
+        What was fitted.
     bound
         Relative difference that rounding may make.
 
@@ -74,26 +77,31 @@ def check_blocks(before: Program, after: Program, probe: list[Any], fits: Mappin
     """
     inside = [node for node in after.graph.nodes if BLOCK in node.meta]
     ends = [node for node in inside if END in node.meta]
-    if not fits or not ends:
-        return
     uses = {use.node.name: use for site in find_linear(before)[0] for use in site.uses}
+    outputs = {node: uses[node.meta[END]] for node in ends if node.meta[END] not in smaller.taken}
     wanted = {n.name for node in inside for n in node.all_input_nodes if BLOCK not in n.meta}
-    wanted |= {name for node in ends for name in (node.meta[END], uses[node.meta[END]].x.name)}
-    wanted |= {use.bias.name for node in ends if (use := uses[node.meta[END]]).bias is not None}
+    wanted |= {node.meta[END] for node in ends} | {use.x.name for use in outputs.values()}
+    wanted |= {use.bias.name for use in outputs.values() if use.bias is not None}
     with torch.no_grad():
         known = _Kept(before, wanted)
         known.run(*(leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in probe))
         blocks = _Blocks(after, known.values)
         blocks.run(*probe)
         for node in ends:
-            fit, use = fits[node.meta[BLOCK]], uses[node.meta[END]]
-            expected = fit.stand_in.apply(known.values[use.x.name])
-            found = blocks.ends[node]
-            if use.bias is not None:
-                found = found - known.values[use.bias.name]
-            error = fidelity(expected, found)["relative_error"]
+            found, name = blocks.ends[node], node.meta[END]
+            if node in outputs:
+                use, stand_in = outputs[node], smaller.fits[node.meta[BLOCK]].stand_in
+                assert stand_in is not None
+                expected = stand_in.apply(known.values[use.x.name])
+                found = found if use.bias is None else found - known.values[use.bias.name]
+            else:
+                whole = known.values[name]
+                expected = whole[smaller.taken[name].expand(whole.shape)]
+                if expected.numel() == found.numel():
+                    expected = expected.view(found.shape)
+            error = fidelity(expected, found)["relative_error"] if expected.shape == found.shape else math.inf
             if not error <= bound:
                 raise VerificationError(
-                    f"block '{node.meta[BLOCK]}' computes something else than it was fitted to: its output differs by "
+                    f"block '{node.meta[BLOCK]}' computes something else than it was fitted to: '{name}' differs by "
                     f"{error:.3g} (relative), rounding may cause {bound:.3g}"
                 )

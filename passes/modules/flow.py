@@ -17,14 +17,16 @@ from recast.passes.follow import is_cast, moves, run_on
 from recast.patterns.linear.packing import size_hint
 from recast.patterns.program import fixed_size
 
-__all__ = ["Refused", "Way", "narrow", "spread"]
+__all__ = ["Picks", "Refused", "Way", "check_linear", "narrow", "spread", "stays"]
 
 aten = torch.ops.aten
 
 Way = dict[fx.Node, Any]  # labels of each value, a list of them for what gives several
+Picks = dict[fx.Node, list[fx.Node]]  # elementwise steps, and their operands that hold a number for each feature
 
 _REPEATS = {aten.repeat_interleave.self_int, aten.repeat.default}
 _SAME = {aten.dropout.default}
+_FACTORS = {aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default}
 _SIZED = {aten.view.default: 1, aten.reshape.default: 1, aten._unsafe_view.default: 1, aten.expand.default: 1}
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
 _BATCHED = {aten.bmm.default, aten.matmul.default}
@@ -34,7 +36,12 @@ class Refused(Exception):
     """A block cannot be made smaller, and why: a clause that may follow the block's name."""
 
 
-def spread(sources: Mapping[fx.Node, Tensor], ends: Collection[fx.Node], position: Mapping[fx.Node, int]) -> Way:
+def spread(
+    sources: Mapping[fx.Node, Tensor],
+    ends: Collection[fx.Node],
+    position: Mapping[fx.Node, int],
+    picks: Picks | None = None,
+) -> Way:
     """Follow the features of some values to where they end.
 
     Parameters
@@ -45,6 +52,9 @@ def spread(sources: Mapping[fx.Node, Tensor], ends: Collection[fx.Node], positio
         Products that may take what comes; nothing else may, but what computes elementwise, moves or mixes along tokens.
     position
         Of each value in the graph.
+    picks
+        Filled with what holds a number for each feature (the angles of a rotary embedding): to be chosen from as well. Without
+        it such a step is refused.
 
     Raises
     ------
@@ -67,7 +77,7 @@ def spread(sources: Mapping[fx.Node, Tensor], ends: Collection[fx.Node], positio
         reach(node)
     while waiting:
         _, node = heapq.heappop(waiting)
-        labels = _labels(node, way)
+        labels = _labels(node, way, picks)
         if labels is not None and any(bool((piece >= 0).any()) for piece in _pieces(labels)):
             way[node] = labels
             reach(node)
@@ -82,7 +92,7 @@ def _pieces(labels: Any) -> Sequence[Tensor]:
     return (labels,) if isinstance(labels, Tensor) else labels
 
 
-def _labels(node: fx.Node, way: Way) -> Any:
+def _labels(node: fx.Node, way: Way, picks: Picks | None) -> Any:
     """Labels of what a value computes from labelled ones; None if they do not go into it."""
     target, read = node.target, [n for n in node.all_input_nodes if n in way]
     if target is aten.sym_size.int or (target is aten.type_as.default and node.args[0] not in way):
@@ -95,7 +105,12 @@ def _labels(node: fx.Node, way: Way) -> Any:
             raise Refused(f"'{node.name}' multiplies features that do not belong together")
         return first
     if target in _SAME or is_cast(node) or _elementwise(target):
-        return _joined(node, read, way)
+        return _joined(node, read, way, picks)
+    if target is aten.cat.default:
+        joined: Any = node.args[0]
+        dim: Any = node.args[1] if len(node.args) > 1 else 0
+        if set(read) == set(joined):
+            return torch.cat([way[n] for n in joined], dim)
     if target is aten.scaled_dot_product_attention.default and read == [node.args[2]]:
         return _mixed(node, way[read[0]])
     if target in _BATCHED and read == [node.args[1]]:
@@ -107,22 +122,42 @@ def _elementwise(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 
-def _joined(node: fx.Node, read: list[fx.Node], way: Way) -> Tensor:
+def check_linear(way: Way, sources: Collection[fx.Node]) -> None:
+    """Refuse a way on which features cannot be mixed at its beginning instead of its end: one with steps that are not linear."""
+    for node in way:
+        if node in sources or moves(node) or is_cast(node) or not _elementwise(node.target):
+            continue
+        read = [n for n in node.all_input_nodes if n in way]
+        first = node.target in _FACTORS and read == [node.args[0]]
+        if not first and not (node.target is aten.mul.Tensor and len(read) == 1 and node.args[0] is not node.args[1]):
+            raise Refused(
+                f"'{node.name}' ({getattr(node.target, '_opname', node.target)}) is not linear in the features"
+            )
+
+
+def _joined(node: fx.Node, read: list[fx.Node], way: Way, picks: Picks | None) -> Tensor:
     """Labels of an elementwise step: those of its operands, which must agree; other operands must not tell features apart."""
     shape = _sizes(node)
     labels, *others = [torch.broadcast_to(way[n], shape) for n in read]
     if any(not torch.equal(labels, other) for other in others):
         raise Refused(f"'{node.name}' joins features that do not belong together")
-    varied = [axis for axis in range(len(shape)) if bool((labels != labels.narrow(axis, 0, 1)).any())]
-    for operand in node.all_input_nodes:
-        value = operand.meta.get("val")
-        if operand in way or not isinstance(value, Tensor):
-            continue
-        own = [1] * (len(shape) - value.ndim) + list(value.shape)
-        if any(fixed_size(own[axis]) != 1 for axis in varied):
-            raise Refused(f"'{operand.name}' holds a number for each feature, which '{node.name}' applies")
+    if bool((labels != labels[..., :1]).any()):
+        for operand in node.all_input_nodes:
+            if operand in way or _size_of(operand, -1, len(shape)) == 1:
+                continue
+            if picks is None:
+                raise Refused(f"'{operand.name}' holds a number for each feature, which '{node.name}' applies")
+            picks.setdefault(node, []).append(operand)
     joined: Tensor = labels.contiguous()
     return joined
+
+
+def _size_of(operand: fx.Node, axis: int, rank: int) -> int | None:
+    """Size of an elementwise operand along a dimension of the result, counted from the last; None if it is free."""
+    value = operand.meta.get("val")
+    if not isinstance(value, Tensor) or value.ndim < -axis or rank < -axis:
+        return 1
+    return fixed_size(value.shape[axis])
 
 
 def _mixed(node: fx.Node, labels: Tensor) -> Tensor:
@@ -158,6 +193,9 @@ def narrow(way: Way, sources: Collection[fx.Node], kept: Tensor, *, change: bool
     """
     kept = kept.to(torch.int32)
     left = {node: [_left(node, piece, kept) for piece in _pieces(labels)] for node, labels in way.items()}
+    for node in way:
+        if node not in sources and _elementwise(node.target):
+            _check_operands(node, way, left[node][0])
     changes = [
         (node, *_rewritten(node, way, left, kept))
         for node in way
@@ -168,13 +206,14 @@ def narrow(way: Way, sources: Collection[fx.Node], kept: Tensor, *, change: bool
         node.meta.pop("val", None)
 
 
-def _stays(labels: Tensor, kept: Tensor) -> Tensor:
+def stays(labels: Tensor, kept: Tensor) -> Tensor:
+    """Which features stay: those of a label that is kept, and those without one."""
     return (labels < 0) | torch.isin(labels, kept)
 
 
 def _left(node: fx.Node, labels: Tensor, kept: Tensor) -> list[int]:
     """Sizes of the array that what stays of a value fills."""
-    sizes, mask = list(labels.shape), _stays(labels, kept)
+    sizes, mask = list(labels.shape), stays(labels, kept)
     for axis in reversed(range(mask.ndim)):
         counts = mask.sum(axis)
         found = counts[counts > 0]
@@ -182,6 +221,16 @@ def _left(node: fx.Node, labels: Tensor, kept: Tensor) -> list[int]:
             raise Refused(f"what stays of '{node.name}' does not fill an array")
         sizes[axis], mask = int(found[0]), counts > 0
     return sizes
+
+
+def _check_operands(node: fx.Node, way: Way, left: list[int]) -> None:
+    """Refuse an elementwise step whose other operand has as many numbers as there were, but for features of the last dimension."""
+    rank = len(left)
+    for axis in range(-rank, -1):
+        if left[axis] != way[node].shape[axis]:
+            for operand in node.all_input_nodes:
+                if operand not in way and _size_of(operand, axis, rank) != 1:
+                    raise Refused(f"'{operand.name}' holds a number for each feature, which '{node.name}' applies")
 
 
 def _changed(labels: Any, left: list[list[int]]) -> bool:
@@ -245,7 +294,7 @@ def _sliced(node: fx.Node, dim: int, way: Way, left: dict[fx.Node, list[list[int
         raise Refused(f"'{node.name}' takes features at places that are computed, or every so many")
     start = int(given[0] or 0)
     start = min(start + labels.shape[dim] if start < 0 else start, labels.shape[dim])
-    before = _stays(labels.narrow(dim, 0, start), kept)
+    before = stays(labels.narrow(dim, 0, start), kept)
     first = int(before.sum(dim).max()) if start else 0
     second = count if node.target is aten.narrow.default else first + count
     return (source, dim, first, second)

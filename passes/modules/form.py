@@ -51,22 +51,25 @@ class Fit:
     made
         New matrices by the name of the linear.
     end
-        Name of the linear that takes the features.
+        Name of the linear that takes the features; None where queries and keys meet.
     kept
         Labels of the features that stay.
     inner
         Features before and after.
+    shape
+        Of the old matrix that the errors are of.
     stand_in
-        What `end` and all that was before it amount to, as a form of the old matrix of `end`.
+        What `end` and all that was before it amount to, as a form of the old matrix of `end`; None without an `end`.
     predicted_error, measured_error, weight_error
-        Of the block's output on the calibration data, on its sample, and ``|W - W'| / |W|`` of `stand_in`.
+        Of the block's output (or of scores) on the calibration data, on its sample, and ``|W - W'| / |W|``.
     """
 
     made: Mapping[str, Made]
-    end: str
+    end: str | None
     kept: Tensor
     inner: tuple[int, int]
-    stand_in: Operator
+    shape: tuple[int, int]
+    stand_in: Operator | None
     predicted_error: float
     measured_error: float | None
     weight_error: float

@@ -78,6 +78,7 @@ class Nystrom(ModuleForm):
             down.name,
             stays,
             (width, count),
+            stand_in.shape,
             stand_in,
             fitted.predicted_error,
             fitted.measured_error,

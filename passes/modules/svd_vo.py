@@ -14,7 +14,7 @@ from recast.passes.forms.algebra import Product
 from recast.passes.forms.linear_algebra import CUTOFF, pseudo_inverse
 from recast.passes.forms.operator import Dense
 from recast.passes.modules.block import Block
-from recast.passes.modules.flow import Refused
+from recast.passes.modules.flow import Refused, check_linear
 from recast.passes.modules.form import Fit, Made, ModuleForm
 
 __all__ = ["Head", "SvdVO", "heads_of", "narrowed"]
@@ -111,6 +111,7 @@ class SvdVO(ModuleForm):
             o.name,
             kept,
             (wide, count),
+            stand_in.shape,
             stand_in,
             fitted.predicted_error,
             fitted.measured_error,
@@ -126,7 +127,8 @@ def heads_of(block: Block, labels: dict[str, Tensor], order: Tensor, rows: Tenso
     Refused
         Rows of the values' matrix are in no head or several, or the output takes some features more often than others.
     """
-    _, way = block.way(labels, block.piece("o").site.name)
+    sources, way = block.way(labels, block.piece("o").site.name)
+    check_linear(way, sources)
     found: list[Tensor] = []
     for site in block.sites:
         value = getattr(site, "value", None)

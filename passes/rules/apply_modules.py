@@ -34,7 +34,7 @@ class ApplyModules(Pass):
                 SiteRow(
                     name=name,
                     form=str(entry.form),
-                    shape=fit.stand_in.shape,
+                    shape=fit.shape,
                     bytes_before=entry.bytes_before,
                     bytes_after=entry.bytes_after,
                     flops_before=entry.flops_before,
@@ -46,6 +46,6 @@ class ApplyModules(Pass):
                 )
             )
         context.notes[self.name] = rows
-        context.notes["blocks"] = smaller.fits
+        context.notes["blocks"] = smaller
         context.calibration = smaller.calibration
         return smaller.program
