@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.json is not None:
         result = {"benchmark": "fidelity", "machine": machine_facts(), "orders": orders, "rows": rows}
         write(chosen.json, result)
-        if any(row["model"] == "llama" and "perplexity" in row for row in rows) and not chosen.quick:
+        if any(row["model"] == "llama" and row["form"] == "dense" for row in rows) and not chosen.quick:
             chosen.picture.write_text(draw([row for row in rows if row["model"] == "llama"]), encoding="utf-8")
     return 0
 
