@@ -189,6 +189,7 @@ def _traced(
     example = attempt.example
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(way(model)) for way in [*always, *attempt.ways]]
+        stack.enter_context(_by_name(model, example.kwargs))
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # torch.export's own deprecations are not the caller's
@@ -198,7 +199,8 @@ def _traced(
             said.append(stack.enter_context(answers))
         args, kwargs = _fresh((example.args, example.kwargs))
         trace: Any = torch.export.draft_export if attempt.draft else torch.export.export
-        exported = trace(model, args, kwargs, dynamic_shapes=example.shapes, strict=False)
+        free = any(leaf is not None for leaf in pytree.tree_leaves(example.shapes))
+        exported = trace(model, args, kwargs, dynamic_shapes=example.shapes if free else None, strict=False)
         # Tracing it all again, to have no operation write in place, takes twice as long as tracing did.
         if any(module.training for module in model.modules()) or not can_be_expanded(exported.graph_module):
             exported = exported.run_decompositions({})
@@ -251,6 +253,32 @@ def _automatic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     tree = pytree.tree_map(free, (args, kwargs))
     names = _names(model, len(args))
     return {**dict(zip(names, tree[0], strict=False)), **tree[1]} if not _variadic(model) else None
+
+
+@contextlib.contextmanager
+def _by_name(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Let a model that takes some inputs by ``**kwargs`` name them: `torch.export` cannot leave their sizes free otherwise."""
+    signature = inspect.signature(model.forward)
+    named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    further = [n for n in kwargs if n not in signature.parameters]
+    if len(named) == len(signature.parameters) or not further:
+        yield
+        return
+    own, forward = model.__dict__.get("forward"), model.forward
+
+    def naming(*args: Any, **given: Any) -> Any:
+        return forward(*args, **given)
+
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in further]
+    naming.__signature__ = signature.replace(parameters=[*named, *added])  # type: ignore[attr-defined]
+    model.forward = naming
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
 
 
 def _variadic(model: nn.Module) -> bool:

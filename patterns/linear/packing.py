@@ -85,6 +85,8 @@ def packed_parts(use: Use, name: str) -> tuple[Part, ...]:
     if pieces is None or len(pieces) < 2:
         return ()
     sets = [torch.unique(piece) for piece in pieces]
+    if not all(len(s) for s in sets):  # a slice that is empty at the example's sizes
+        return ()
     if sum(len(s) for s in sets) != rows or len(torch.unique(torch.cat(sets))) != rows:
         return ()
     sets.sort(key=lambda s: int(s[0]))
@@ -119,7 +121,10 @@ def rows_read(use: Use, path: Sequence[fx.Node]) -> set[int] | None:
         if node.target is operator.getitem:
             value = value[int(node.args[1])]  # type: ignore[arg-type]
         elif node.target in _VIEWS | _SPLITS | _TAKES:
-            value = _run(node, value)
+            try:
+                value = _run(node, value)
+            except RuntimeError:  # views of sizes that only values tell
+                return None
         elif node.target in _KEEPS and isinstance(value, Tensor) and _same_size(node, value):
             continue
         else:
@@ -167,9 +172,18 @@ def _run(node: fx.Node, value: Tensor) -> Any:
         meta = arg.meta.get("val")
         return value if isinstance(meta, Tensor) else size_hint(meta)
 
-    args = fx.node.map_aggregate(node.args, concrete)
-    kwargs = fx.node.map_aggregate(node.kwargs, concrete)
+    args: Any = fx.node.map_aggregate(node.args, concrete)
+    kwargs: Any = fx.node.map_aggregate(node.kwargs, concrete)
+    sizes: Any = node.args[1] if node.target in _VIEWS and len(node.args) > 1 else None
+    unknown = [i for i, size in enumerate(sizes) if _only_values_tell(size)] if isinstance(sizes, list | tuple) else []
+    if unknown and -1 not in args[1]:  # the last of them follows from the others
+        args = (args[0], [-1 if i == unknown[-1] else size for i, size in enumerate(args[1])], *args[2:])
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _only_values_tell(size: Any) -> bool:
+    held = size.meta.get("val") if isinstance(size, fx.Node) else size
+    return isinstance(held, torch.SymInt) and held.node.hint is None
 
 
 def _ranges(rows: Tensor) -> tuple[tuple[int, int], ...]:

@@ -7,8 +7,8 @@ from torch import Tensor, fx
 
 from recast.patterns.language import Call, Match
 from recast.patterns.mlp import common_name
-from recast.patterns.moe.experts import read_experts, read_tokens
-from recast.patterns.moe.routing import CHOICES, LOOKUPS, by_table, chooses, entrances, read_router
+from recast.patterns.moe.experts import Experts, Tokens, latents, read_experts, read_tokens
+from recast.patterns.moe.routing import CHOICES, LOOKUPS, Router, by_table, chooses, entrances, read_router
 from recast.patterns.rules import Rule, Surroundings
 from recast.patterns.sites import MoESite, Piece, source_line
 
@@ -24,15 +24,10 @@ def _build(match: Match, around: Surroundings) -> MoESite | str:
     router = read_router(choice, around)
     if isinstance(router, str):
         return router
-    reason = ""
-    for x in entrances(router, around):
-        tokens = read_tokens(router, around, x)
-        experts = read_experts(router, tokens, around)
-        if not isinstance(experts, str):
-            break
-        reason = reason or experts
-    else:
-        return reason
+    read = _experts(router, around)
+    if isinstance(read, str):
+        return read
+    tokens, experts = read
     count, scored = len(experts.by_role), router.site.out_features
     notes = [experts.note] if experts.note else []
     if count < 2:
@@ -66,6 +61,24 @@ def _build(match: Match, around: Surroundings) -> MoESite | str:
         pattern="moe" if choice.target in CHOICES else "moe_by_table",
         where=source_line(choice),
     )
+
+
+def _experts(router: Router, around: Surroundings) -> tuple[Tokens, Experts] | str:
+    """Experts of what the router sees, or of what a linear makes of it; why there are none where they are looked for first."""
+    reason = ""
+    for x in entrances(router, around):
+        tokens = read_tokens(router, around, x)
+        experts = read_experts(router, tokens, around)
+        for latent in latents(router, tokens, around) if isinstance(experts, str) else ():
+            smaller = read_tokens(router, around, x, latent)
+            found = read_experts(router, smaller, around)
+            if not isinstance(found, str):
+                tokens, experts = smaller, found
+                break
+        if not isinstance(experts, str):
+            return tokens, experts
+        reason = reason or experts
+    return reason
 
 
 def _suspicious(node: fx.Node, around: Surroundings) -> bool:

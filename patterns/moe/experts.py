@@ -16,7 +16,7 @@ from recast.patterns.moe.routing import FRESH, Router, values_read
 from recast.patterns.rules import Surroundings
 from recast.patterns.sites import LinearSite, Piece
 
-__all__ = ["Experts", "Tokens", "read_experts", "read_tokens"]
+__all__ = ["Experts", "Tokens", "latents", "read_experts", "read_tokens"]
 
 aten = torch.ops.aten
 
@@ -84,13 +84,21 @@ class Experts:
     note: str = ""
 
 
-def read_tokens(router: Router, around: Surroundings, entrance: fx.Node) -> Tokens:
-    """Follow what enters the router (`entrance`) to every form in which it enters experts."""
+def latents(router: Router, tokens: Tokens, around: Surroundings) -> list[fx.Node]:
+    """What linears make of the tokens: experts may work on fewer features than the router sees."""
+    firsts = (n for n in _entered(tokens.plain, around) if n is not router.use.product)
+    return [around.products(n)[0][1].node for n in firsts if len(around.products(n)) == 1]
+
+
+def read_tokens(router: Router, around: Surroundings, entrance: fx.Node, latent: fx.Node | None = None) -> Tokens:
+    """Follow what enters the router (`entrance`), or a linear's result of it (`latent`), to every form in which it enters experts."""
     x = entrance
     while x.op == "call_function" and x.target in _VIEWS and isinstance(x.args[0], fx.Node) and not around.products(x):
         x = x.args[0]
     plain, sent = {x: None}, dict[fx.Node, None]()
-    queue = deque([x])
+    if latent is not None:
+        plain |= _made_of(latent, around)
+    queue = deque(plain)
     while queue:
         node = queue.popleft()
         for user in node.users:
@@ -109,6 +117,21 @@ def read_tokens(router: Router, around: Surroundings, entrance: fx.Node) -> Toke
                 (sent if moved else plain)[user] = None
                 queue.append(user)
     return Tokens(x, plain, sent)
+
+
+def _made_of(latent: fx.Node, around: Surroundings) -> dict[fx.Node, None]:
+    """Values made of one value and of constants, by no product: a norm of it, most often."""
+    found = {latent: None}
+    queue = deque([latent])
+    while queue and len(found) < _ROOM:
+        for user in queue.popleft().users:
+            if user in found or user.op != "call_function" or around.products(user) or product_flops(user):
+                continue
+            others = (n for n in user.all_input_nodes if n not in found and n not in around.scope.constants)
+            if isinstance(user.meta.get("val"), Tensor) and not any(True for _ in others):
+                found[user] = None
+                queue.append(user)
+    return found
 
 
 def _beside(node: fx.Node, router: Router, around: Surroundings) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import recast
 from recast.patterns.errors import CaptureError, PlanError
 from recast.patterns.program import Program
+from tests.helpers import assert_close
 
 
 @dataclasses.dataclass
@@ -360,3 +361,20 @@ def test_models_of_transformers_without_their_cache() -> None:
 @pytest.fixture(autouse=True)
 def _no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECAST_CACHE", "off")
+
+
+def test_inputs_by_any_name_have_free_sizes_too() -> None:
+    class Any_(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, **inputs: Tensor) -> Tensor:
+            y: Tensor = self.a(x) + inputs["y"]
+            return y
+
+    model = Any_().eval()
+    program = recast.capture(model, (torch.randn(3, 8),), {"y": torch.randn(3, 8)})
+    assert "forward" not in model.__dict__
+    x, y = torch.randn(5, 8), torch.randn(5, 8)
+    assert_close(program(x, y=y), model(x, y=y), terms=8)

@@ -364,3 +364,28 @@ def test_routing(name: str) -> None:
     assert {field: getattr(site, field) for field in wanted} == wanted
     assert site.top_k == wanted.get("top_k", K)
     assert (site.corrected, site.groups) == (wanted.get("corrected", False), wanted.get("groups", 0))
+
+
+class Latent(Block):
+    """Experts work on a norm of what a linear makes of the tokens; the router sees the tokens themselves."""
+
+    def __init__(self, way: Way) -> None:
+        super().__init__(way)
+        self.shrink, self.grow = nn.Linear(H, H, bias=False), nn.Linear(H, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, H)
+        weights, chosen = self.route(self.gate(tokens), self)
+        latent = self.shrink(tokens)
+        latent = latent * torch.rsqrt(latent.pow(2).mean(-1, keepdim=True) + 1e-5)
+        y: Tensor = self.grow(self.way(latent, weights, chosen, self.experts)).view_as(x)
+        return y
+
+
+@pytest.mark.parametrize("name", ["looked up", "one by one"])
+def test_experts_of_fewer_features_than_the_router_sees(name: str) -> None:
+    program = recast.capture(Latent(WAYS[name]).double().eval(), (torch.randn(2, 5, H, dtype=torch.float64),))
+    site = mixture(program)
+    assert site.router is not None
+    assert site.router.name == "gate"
+    assert [roles["down"].name for roles in site.experts] == [f"experts.{e}.down_proj" for e in range(E)]

@@ -202,3 +202,37 @@ def test_uses_that_disagree_are_taken_whole() -> None:
     program = recast.capture(Twice().eval(), (torch.randn(2, 4, 8),))
     found = {s.name: [p.name for p in s.parts] for s in find_linear(program)[0]}
     assert found == {"same": ["q", "k", "v"], "other": []}
+
+
+def test_a_slice_that_is_empty_is_no_part() -> None:
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(24, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.proj(x)
+            return y[:, :5].sum(-1) + y[:, 7:].sum()
+
+    program = recast.capture(Sliced().eval(), (torch.randn(2, 5, 24),), dynamic_shapes={"x": None})
+    (site,) = find_linear(program)[0]
+    assert site.parts == ()
+
+
+def test_views_of_sizes_that_only_values_tell() -> None:
+    """How many rows there are follows from the values of an input; rows of the weight are followed all the same."""
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(H * D, 3 * H * D)
+
+        def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+            tokens = counts.sum().item()
+            torch._check(tokens == x.shape[0])
+            q, k, v = (t.reshape(tokens, H, D) for t in self.qkv(x).chunk(3, -1))
+            return attend(q, k, v)
+
+    program = recast.capture(Counted().eval(), (torch.randn(7, H * D), torch.tensor([3, 4])))
+    (site,) = find_linear(program)[0]
+    assert [part.rows for part in site.parts] == [((0, 24),), ((24, 48),), ((48, 72),)]

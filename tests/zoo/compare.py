@@ -41,15 +41,14 @@ def compare(truth: Any, program: Program, found: Recognition) -> dict[str, Any]:
         elements += got
         if got < matrix.parameters:
             missed.setdefault("matrices", []).append(matrix.name)
-    attention = _at_paths(
-        truth.attention, [s for s in sites.get("attention", []) if s.q and s.k and s.v and s.o], missed
-    )
+    there = _blocks(truth.attention, program)
+    attention = _at_paths(there, [s for s in sites.get("attention", []) if s.q and s.k and s.v and s.o], missed)
     moe = _mixtures(truth.routed, sites.get("moe", []), canonical, missed)
     norms = _norms(truth.norms, sites.get("norm", []), canonical, missed)
     others = {kind: len(members) for kind, members in sites.items()}
     return {
         "matrices": [elements, truth.parameters],
-        "attention": [attention, sum(truth.attention.values())],
+        "attention": [attention, sum(there.values())],
         "moe": [moe, len(truth.routed)],
         "norms": [norms, len(truth.norms)],
         "sites": others,
@@ -82,6 +81,14 @@ def module_path(node: fx.Node | None) -> str:
 
 def _within(path: str, outer: str) -> bool:
     return not outer or path == outer or path.startswith(outer + ".")
+
+
+def _blocks(run: Counter[str], program: Program) -> Counter[str]:
+    """Attention blocks by module: where the eager run went through segments one by one, the program may do all at once."""
+    aten = torch.ops.aten
+    cores = {aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default}
+    once = Counter(module_path(n) for n in program.graph.nodes if n.target in cores)
+    return Counter({path: min(count, once[path] or count) for path, count in run.items()})
 
 
 def _at_paths(wanted: Counter[str], sites: Iterable[Any], missed: dict[str, list[str]]) -> int:
@@ -121,7 +128,11 @@ def _norms(
     wanted: dict[str, str], sites: list[Any], canonical: Callable[[str], str], missed: dict[str, list[str]]
 ) -> int:
     weights = {canonical(w) for site in sites for w in site.weights}
-    paths = {module_path(site.node) for site in sites}
+    # Of the value itself, and of its statistics: a site may go on into the next module, whose vector is then its weight.
+    statistics = {
+        n for site in sites for n in site.nodes if n.target in (torch.ops.aten.mean.dim, torch.ops.aten.var.dim)
+    }
+    paths = {module_path(node) for node in (*(site.node for site in sites), *statistics)}
     total = 0
     for path in wanted:
         if canonical(f"{path}.weight") in weights or path in paths:

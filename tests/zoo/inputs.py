@@ -22,6 +22,8 @@ def example(model: Any, batch: int, length: int, seed: int = 0) -> tuple[tuple[A
     draw = torch.Generator().manual_seed(seed)
     parameters = inspect.signature(model.forward).parameters
     config, main = model.config, model.main_input_name
+    if isinstance(main, list):  # several; the first is what the model looks at
+        main = main[0]
     if "input_ids" not in parameters and ("grid_thw" in parameters or "spatial_shapes" in parameters):
         kwargs = _patches(draw, config, batch, parameters)
     elif (
