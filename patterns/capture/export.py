@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from recast.patterns.capture import switches
 from recast.patterns.capture.canonical import canonicalise
+from recast.patterns.capture.checked import check_result
 from recast.patterns.capture.composites import can_be_expanded, expand_composites
 from recast.patterns.capture.decisions import decisions
 from recast.patterns.capture.switches import Switch
@@ -78,8 +79,9 @@ def capture(
     switches.known_outputs(model)
     with contextlib.ExitStack() as stack:
         said = [] if asked else stack.enter_context(switches.cache(model))
-        exported, notes = _export(model, args, kwargs, dynamic_shapes)
-    return from_exported(exported, model, args, kwargs, said + notes)
+        program = _export(model, args, kwargs, dynamic_shapes)
+    program.notes[:0] = said
+    return program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +94,7 @@ class _Example:
     note: str = ""
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> tuple[torch.export.ExportedProgram, list[str]]:
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Program:
     """Trace in the first way that works: the model as it is, then with more and more of it switched."""
     example = _Example(args, kwargs, dynamic_shapes)
     examples = [example]
@@ -138,7 +138,7 @@ class _Attempt:
         return ", ".join([*ways, *asked, *["draft"] * self.draft, f"sizes {'fixed' if self.example.note else 'free'}"])
 
 
-def _first_that_works(model: nn.Module, examples: list[_Example]) -> tuple[torch.export.ExportedProgram, list[str]]:
+def _first_that_works(model: nn.Module, examples: list[_Example]) -> Program:
     first: Exception | None = None
     always: list[Switch] = [switches.experts, switches.unmoved]
     known = any(switches.is_transformers(m) for m in model.modules())
@@ -150,7 +150,12 @@ def _first_that_works(model: nn.Module, examples: list[_Example]) -> tuple[torch
     while plan or later:
         attempt = (plan or later).pop(0)
         try:
-            return _traced(model, attempt, always)
+            exported, notes = _traced(model, attempt, always)
+            example = attempt.example
+            program = from_exported(exported, model, example.args, example.kwargs, notes)
+            if attempt.ways:  # patches have been seen to leave out what the model does
+                program.notes += check_result(model, program, example.args, example.kwargs)
+            return program
         except Exception as error:  # noqa: BLE001  # torch raises dozens of classes here; all mean the same to the caller
             first, told = first or error, f"{type(error).__name__} {error}"
             _LOG.debug("not captured by %s: %s", attempt, told)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import recast
 from recast.patterns.capture import switches
+from recast.patterns.capture.checked import check_result
 from recast.patterns.capture.export import capture
 from recast.patterns.errors import CaptureError
 from tests import zoo
@@ -156,3 +158,32 @@ def test_what_nothing_helps_against_fails_with_the_first_reason() -> None:
 
     with pytest.raises(CaptureError, match="no such thing"):
         capture(Shape().eval(), (torch.randn(2, 4),))
+
+
+class _Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = nn.functional.dropout(self.up(x), 0.3, training=True)
+        return y
+
+
+def test_another_result_is_refused_and_a_rounded_one_told_of() -> None:
+    """Random numbers are drawn from one state, and the state outside stays as it was."""
+    model, x = _Noisy().eval(), torch.randn(40, 6)
+    program = recast.capture(model, (x,))
+    before = torch.random.get_rng_state()
+    assert check_result(model, program, (x,), {}) == []
+    assert torch.equal(before, torch.random.get_rng_state())
+    with torch.no_grad():
+        program.weights["up.weight"] *= 1.01
+    other = _Noisy().eval()
+    other.load_state_dict({"up.weight": model.up.weight / 1.01, "up.bias": model.up.bias})
+    (note,) = check_result(other, program, (x,), {})
+    assert "differ by" in note
+    with pytest.raises(CaptureError, match="_Noisy computes something else when it is traced"):
+        check_result(_Noisy().eval(), program, (x,), {})
+    with pytest.raises(CaptureError, match="does not run"):
+        check_result(model, recast.capture(model, (x,), dynamic_shapes={"x": None}), (x[:3],), {})
