@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 if TYPE_CHECKING:
     from recast.patterns.program import Program
 
-__all__ = ["canonicalise", "write_out"]
+__all__ = ["canonicalise", "inline", "write_out"]
 
 aten = torch.ops.aten
 
@@ -127,7 +128,7 @@ def inline_regions(program: Program) -> None:
         for node in list(program.graph.nodes):
             body = _region(node, program)
             if body is not None:
-                _inline(node, body[0], list(body[1]), program)
+                inline(node, body[0].graph, body[1])
                 changed = True
     program.module.delete_all_unused_submodules()
 
@@ -148,12 +149,13 @@ def _region(node: fx.Node, program: Program) -> tuple[fx.GraphModule, Any] | Non
     return module, node.args[position + 1 :]
 
 
-def _inline(node: fx.Node, body: fx.GraphModule, operands: list[Any], program: Program) -> None:
-    graph = program.graph
+def inline(node: fx.Node, body: fx.Graph, operands: Iterable[Any]) -> list[fx.Node]:
+    """Put what a graph computes of some operands in the place of a node; the values that it is computed by."""
+    graph = node.graph
     environment: dict[fx.Node, Any] = {}
     inputs = iter(operands)
     with graph.inserting_before(node):
-        for inner in body.graph.nodes:
+        for inner in body.nodes:
             if inner.op == "placeholder":
                 environment[inner] = next(inputs)
             elif inner.op == "output":
@@ -167,3 +169,4 @@ def _inline(node: fx.Node, body: fx.GraphModule, operands: list[Any], program: P
     else:
         node.replace_all_uses_with(results)
     graph.erase_node(node)
+    return [environment[inner] for inner in body.nodes if inner.op not in ("placeholder", "output")]

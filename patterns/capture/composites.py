@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from recast.patterns.capture.canonical import write_out
+from recast.patterns.capture.canonical import inline, write_out
 from recast.patterns.program import fixed_size
 
 __all__ = ["can_be_expanded", "expand_composites"]
@@ -58,7 +58,7 @@ def expand_composites(module: fx.GraphModule) -> None:
         if node.target is aten.batch_norm.default:
             _by_kept_statistics(module.graph, node)
         elif _is_expanded(node.target):
-            _expand(module.graph, node)
+            _expand(node)
     _multiply_sizes(module.graph)
     _settle_sizes(module.graph)
     _read_sizes_of_inputs(module.graph)
@@ -144,7 +144,7 @@ def _is_expanded(target: Any) -> bool:
     )
 
 
-def _expand(graph: fx.Graph, node: fx.Node) -> None:
+def _expand(node: fx.Node) -> None:
     operands = node.all_input_nodes
     values = [operand.meta["val"] for operand in operands]
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), contextlib.nullcontext())
@@ -157,15 +157,9 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
 
     with mode, torch.no_grad():
         traced = make_fx(run, decomposition_table={}, tracing_mode="real")(*values)
-    environment = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
-    with graph.inserting_before(node):
-        for inner in traced.graph.nodes:
-            if inner.op == "output":
-                _replace(graph, node, fx.node.map_arg(inner.args[0], lambda n: environment[n]))
-            elif inner.op != "placeholder":
-                environment[inner] = graph.node_copy(inner, lambda n: environment[n])
-                told = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "torch_fn")}
-                environment[inner].meta.update(told)
+    told = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "torch_fn")}
+    for made in inline(node, traced.graph, operands):
+        made.meta.update(told)
 
 
 def _by_kept_statistics(graph: fx.Graph, node: fx.Node) -> None:
@@ -180,14 +174,5 @@ def _by_kept_statistics(graph: fx.Graph, node: fx.Node) -> None:
     with node.meta["val"].fake_mode:
         whole.meta["val"] = target(*operands, momentum, eps)
     result.meta = dict(node.meta)
-    _replace(graph, node, result)
-
-
-def _replace(graph: fx.Graph, node: fx.Node, result: Any) -> None:
-    if isinstance(result, fx.Node):
-        node.replace_all_uses_with(result)
-    else:
-        for user in list(node.users):  # each user is operator.getitem(node, i)
-            user.replace_all_uses_with(result[int(user.args[1])])  # type: ignore[arg-type]
-            graph.erase_node(user)
+    node.replace_all_uses_with(result)
     graph.erase_node(node)
