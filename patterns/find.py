@@ -122,7 +122,8 @@ def coverage(program: Program) -> Coverage:
         miss, multiplied = _other_use(name, users.get(name, []), program, constants)
         misses.append(miss)
         total += weight.numel() if multiplied else 0
-    owned = sum(weights[name].numel() for name in matched)
+    rests = sum(m.parameters for m in mismatches if m.kind == "rest")
+    owned = sum(weights[name].numel() for name in matched) - rests
     flops = sum(product_flops(node) for node in program.graph.nodes if node not in constants)
     return Coverage(total, owned, flops, sum(site.flops for site in sites), recognition.sites, tuple(misses))
 

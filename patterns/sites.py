@@ -37,7 +37,7 @@ class Mismatch:
     name
         The weight concerned, or the graph value where no weight takes part.
     kind
-        What the place is instead: ``embedding``, ``convolution``, ``activation product`` ...
+        What the place is instead: ``embedding``, ``convolution``, ``product``; ``rest`` for a weight that is read in part ...
     parameters
         Elements of the weight concerned; 0 where none is.
     reason

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.operator import Operator
-from recast.passes.forms.stats import Stats, row_errors
+from recast.passes.forms.stats import Stats, squared_error
 from recast.patterns.errors import FormError, WeightError, nearest
 
 __all__ = ["Form", "NamedForm", "Parameter"]
@@ -195,8 +195,7 @@ class Form(abc.ABC):
 
 def data_error(weight: Tensor, operator: Operator, stats: Stats | None) -> float:
     """Squared error of an operator, ``‖(W - Ŵ)X‖²``, or ``‖W - Ŵ‖²`` without a Gram matrix."""
-    gap = weight.double() - operator.to_dense().double()
-    return float(row_errors(gap, None if stats is None else stats.gram).sum())
+    return squared_error(weight, operator.to_dense(), None if stats is None else stats.gram)
 
 
 def _refuse_nonfinite(weight: Tensor, what: str) -> None:

@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.stats import Stats
 
-__all__ = ["behind", "best_left", "gram_root", "leading_subspace", "pseudo_inverse"]
+__all__ = ["behind", "best_left", "gram_root", "inverse_factor", "leading_subspace", "pseudo_inverse", "times"]
 
 # Below this fraction of the largest eigenvalue, a direction of the data counts as never seen.
 CUTOFF = 1e-10
@@ -17,6 +17,9 @@ CUTOFF = 1e-10
 # Weights with both sides above this, of which at most a quarter of the directions is asked for, are solved by sketching.
 LARGE = 2048
 _OVERSAMPLING = 16
+
+# Rows of a weight that are converted to float64 at once.
+_ROWS = 512
 
 _ROOTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -26,6 +29,52 @@ def pseudo_inverse(gram: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(gram.double())
     keep = values > CUTOFF * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
     inverse: Tensor = (vectors * torch.where(keep, 1 / torch.where(keep, values, 1), 0)) @ vectors.T
+    return inverse
+
+
+def inverse_factor(gram: Tensor, damping: float, dead: float) -> Tensor:
+    """Find the upper triangular U with ``c H⁻¹ = Uᵀ U``, float64, of a damped Gram matrix H; c is its mean diagonal.
+
+    Parameters
+    ----------
+    gram
+        (n, n), positive semi-definite.
+    damping
+        Added to the diagonal, as a fraction of its mean; more where that is not enough to factor it.
+    dead
+        The diagonal of inputs that are always zero, damping included, as a fraction of the mean.
+    """
+    mean = float(gram.diagonal().double().mean())
+    if not mean > 0:
+        return torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    while True:
+        # H = V Vᵀ with V upper triangular is a Cholesky factorisation from the other end, and U the inverse of V.
+        turned = gram.flip(0, 1).double().div_(mean)
+        diagonal = turned.diagonal()
+        unseen = diagonal <= 0
+        diagonal.add_(damping).masked_fill_(unseen, dead)
+        inverse = _inverse_of_factor(turned)
+        if inverse is not None:
+            return inverse.flip(0, 1)
+        damping = max(10 * damping, 1e-8)  # statistics of few tokens need more than what was asked for
+
+
+def _inverse_of_factor(matrix: Tensor) -> Tensor | None:
+    """Invert the lower Cholesky factor of a matrix, which is overwritten; None if it is not positive definite."""
+    if matrix.device.type == "cpu":
+        # In place, or the largest matrices would be there four times; the inverse costs a third of solving for it.
+        import scipy.linalg.lapack
+
+        # Symmetric, so that its transpose is the same matrix in Fortran's order.
+        factor, info = scipy.linalg.lapack.dpotrf(matrix.numpy().T, lower=0, overwrite_a=1, clean=1)
+        if info == 0:
+            factor, info = scipy.linalg.lapack.dtrtri(factor, lower=0, overwrite_c=1)
+        return torch.from_numpy(factor.T) if info == 0 else None
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        return None
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
     return inverse
 
 
@@ -56,15 +105,15 @@ def _sketched(w: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Tensor
     basis = torch.randn(w.shape[0], width, dtype=torch.float32, device=w.device, generator=_fixed(w.device))
 
     def applied(weight: Tensor, middle: Tensor | None, vectors: Tensor) -> Tensor:
-        back = weight.T @ vectors
-        return weight @ (back if middle is None else middle @ back)
+        back = times(weight.T, vectors)
+        return times(weight, back if middle is None else middle @ back)
 
-    single = w / w.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
-    half, half_gram = single.float(), None if gram is None else (gram / gram.diagonal().max().clamp_min(1e-300)).float()
+    half = (w / w.abs().max().clamp_min(torch.finfo(w.dtype).tiny)).float()
+    half_gram = None if gram is None else (gram / gram.diagonal().max().clamp_min(1e-300)).float()
     for _ in range(3):
         basis = torch.linalg.qr(applied(half, half_gram, torch.linalg.qr(basis).Q)).Q
-    del single, half, half_gram
-    wide = torch.linalg.qr(basis.to(w.dtype)).Q
+    del half, half_gram
+    wide = torch.linalg.qr(basis.double()).Q
     product = applied(w, gram, wide)
     values, vectors = torch.linalg.eigh(_symmetric(wide.T @ product))
     scales = torch.where(values > values[-1] * CUTOFF, values, torch.inf).rsqrt()
@@ -94,27 +143,25 @@ def leading_subspace(
         ``exact``; ``randomized``, which needs a rank; ``auto`` takes the second where the weight is large (`LARGE`) and
         the rank at most a quarter of its smaller side.
     """
-    w = weight.double()
-    m, n = w.shape
+    m, n = weight.shape
     large = solver == "randomized" or (solver == "auto" and min(m, n) > LARGE and 4 * (rank or m) <= min(m, n))
     if large and rank is not None:
-        values, vectors = _sketched(w, None if gram is None else gram.double(), rank)
+        values, vectors = _sketched(weight, None if gram is None else gram.double(), rank)
         basis = vectors[:, : _kept(values, rank, energy, max(m, n))]
     elif m <= n:
-        weighted = w if gram is None else w @ gram.double()
-        values, vectors = _leading_eigenvectors(_symmetric(weighted @ w.T), rank)
-        basis = vectors[:, : _kept(values, rank, energy, max(m, n))]
+        values, vectors = _leading_eigenvectors(_output_gram(weight, gram), rank)
+        basis = vectors[:, : _kept(values, rank, energy, max(m, n))].clone()  # not a view: the rest goes
     else:
-        root = w
-        if gram is not None:
-            root = w @ gram_root(gram)
-        values, vectors = _leading_eigenvectors(_symmetric(root.T @ root), rank)
-        kept = _kept(values, rank, energy, max(m, n))
+        inner = _output_gram(weight.T, None)
+        root = None if gram is None else gram_root(gram)
+        values, vectors = _leading_eigenvectors(inner if root is None else _symmetric(root.T @ inner @ root), rank)
+        vectors = vectors[:, : _kept(values, rank, energy, max(m, n))]
         # The columns come out orthogonal but for rounding, largest first, so QR changes lengths and signs only.
-        basis = torch.linalg.qr(root @ vectors[:, :kept]).Q
+        basis = torch.linalg.qr(times(weight, vectors if root is None else root @ vectors)).Q
     missing = 0 if rank is None else rank - basis.shape[1]
     if missing > 0:
         # The data leaves these directions free: they go to what is left of the weight itself.
+        w = weight.double()
         rest = w - basis @ (basis.T @ w)
         if gram is not None:
             more = leading_subspace(rest, None, rank=missing, solver=solver)
@@ -123,6 +170,30 @@ def leading_subspace(
         joined = torch.linalg.qr(torch.cat([basis, more], 1)).Q
         basis = torch.cat([basis, joined[:, basis.shape[1] :]], 1)
     return basis
+
+
+def times(weight: Tensor, other: Tensor) -> Tensor:
+    """``W @ other`` in the dtype of `other`; W (m, n) is converted a few rows at a time, never as a whole."""
+    if weight.dtype == other.dtype:
+        return weight @ other
+    return torch.cat([rows.to(other.dtype) @ other for rows in torch.split(weight, _ROWS)])
+
+
+def _output_gram(weight: Tensor, gram: Tensor | None) -> Tensor:
+    """``W G Wᵀ`` (m, m) in float64, a block of rows at a time: a large W is never copied to float64 as a whole."""
+    blocks = torch.split(weight, _ROWS)
+    found = torch.empty(len(weight), len(weight), dtype=torch.float64, device=weight.device)
+    for i, upper in enumerate(blocks):
+        weighted = upper.double() if gram is None else upper.double() @ gram.double()
+        rows = slice(i * _ROWS, i * _ROWS + len(upper))
+        for j, lower in enumerate(blocks[i:], i):
+            columns = slice(j * _ROWS, j * _ROWS + len(lower))
+            product = weighted @ lower.double().T
+            if i == j:
+                product = _symmetric(product)
+            found[rows, columns] = product
+            found[columns, rows] = product.T
+    return found
 
 
 def gram_root(gram: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recast.passes.forms.algebra import Product
 from recast.passes.forms.form import NamedForm, Scalar
-from recast.passes.forms.linear_algebra import leading_subspace
+from recast.passes.forms.linear_algebra import leading_subspace, times
 from recast.passes.forms.operator import Dense
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError, nearest
@@ -121,7 +121,7 @@ class LowRank(NamedForm):
         gram = None if stats is None or stats.gram is None else stats.gram.to(weight.device)
         rank = self.rank_for((weight.shape[0], weight.shape[1]))
         left = self.subspace(weight, gram, rank)
-        return factors(left, left.T @ weight.double(), weight.dtype)
+        return factors(left, times(weight.T, left).T, weight.dtype)
 
     def subspace(self, weight: Tensor, gram: Tensor | None, rank: int | None) -> Tensor:
         """Return the output directions (m, r) that are kept, as the rank, the energy and the solver say."""

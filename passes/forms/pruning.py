@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from recast.passes.forms.linear_algebra import inverse_factor
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError, nearest
 
@@ -128,11 +129,12 @@ def obs_prune(weight: Tensor, gram: Tensor, choose: Choose, step: int, damping: 
     kept stay as they are.
     """
     m, n = weight.shape
-    upper = _inverse_factor(gram.to(weight.device), damping)
+    upper = inverse_factor(gram.to(weight.device), damping, dead=_DEAD).to(
+        torch.promote_types(weight.dtype, torch.float32)
+    )
     rows = wide(weight).T.contiguous()  # a column of the weight is a row here: contiguous
     if rows.data_ptr() == weight.data_ptr():
         rows = rows.clone()
-    upper = upper.to(rows.dtype)
     pivots = upper.diagonal().unsqueeze(1)
     mask = torch.empty_like(rows, dtype=torch.bool)
     block = step * max(1, _BLOCK // step)
@@ -150,26 +152,3 @@ def obs_prune(weight: Tensor, gram: Tensor, choose: Choose, step: int, damping: 
         if end < n:
             rows[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     return torch.where(mask, rows, 0).T.contiguous(), mask.T.contiguous()
-
-
-def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Gram matrix, float64."""
-    hessian = gram.double().clone()
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    if not bool(mean > 0):
-        return torch.eye(len(hessian), dtype=torch.float64, device=gram.device)
-    hessian /= mean
-    dead = diagonal <= 0
-    while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping)
-        damped.diagonal()[dead] = _DEAD
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            upper: Tensor
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(info) == 0:
-                return upper
-        # Statistics of few tokens need more than what was asked for.
-        damping = max(10 * damping, 1e-8)

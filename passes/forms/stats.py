@@ -16,11 +16,13 @@ from recast.patterns.errors import CalibrationError
 if TYPE_CHECKING:
     from recast.passes.forms.operator import Operator
 
-__all__ = ["SIZES", "Stats", "relative_error", "row_errors", "sizes_of"]
+__all__ = ["SIZES", "Stats", "relative_error", "row_errors", "sizes_of", "squared_error"]
 
 # Sizes of inputs are counted in bins of a 32nd of an octave, 2^-32 to 2^32; the first holds zeros and what is smaller.
 _OCTAVE, _REACH = 32, 32
 SIZES = 2 * _REACH * _OCTAVE + 1
+# Rows whose errors are computed at a time.
+_SLAB = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,11 +248,17 @@ def row_errors(difference: Tensor, gram: Tensor | None) -> Tensor:
     """Squared error of each output row, (m,) float64: the row norms of `difference` (m, n) under the Gram matrix."""
     total = torch.zeros(difference.shape[0], dtype=torch.float64, device=difference.device)
     # Slabs of rows bound the memory that the float64 copies take.
-    for start in range(0, difference.shape[0], 512):
-        slab = difference[start : start + 512].double()
+    for start in range(0, difference.shape[0], _SLAB):
+        slab = difference[start : start + _SLAB].double()
         weighted = slab if gram is None else slab @ gram.to(slab.device, torch.float64)
-        total[start : start + 512] = (weighted * slab).sum(1)
+        total[start : start + _SLAB] = (weighted * slab).sum(1)
     return total.clamp_min(0)
+
+
+def squared_error(weight: Tensor, dense: Tensor, gram: Tensor | None) -> float:
+    """``‖(W - Ŵ)X‖²`` of two matrices (m, n), or ``‖W - Ŵ‖²``, in float64 without a float64 copy of either as a whole."""
+    pairs = zip(torch.split(weight, _SLAB), torch.split(dense, _SLAB), strict=True)
+    return sum(float(row_errors(a.double() - b.double(), gram).sum()) for a, b in pairs)
 
 
 def relative_error(weight: Tensor, operator: Operator, stats: Stats | None = None) -> tuple[float, float | None]:
@@ -278,12 +286,13 @@ def relative_error(weight: Tensor, operator: Operator, stats: Stats | None = Non
     weight = weight.detach()
     if tuple(weight.shape) != operator.shape:
         raise ValueError(f"relative_error: weight {tuple(weight.shape)} and operator {operator.shape} differ in shape")
-    gap = weight.double() - operator.to_dense().detach().to(weight.device).double()
-    return _ratio(gap, weight, None), None if stats is None or stats.gram is None else _ratio(gap, weight, stats.gram)
+    dense = operator.to_dense().detach().to(weight.device)
+    plain = _ratio(dense, weight, None)
+    return plain, None if stats is None or stats.gram is None else _ratio(dense, weight, stats.gram)
 
 
-def _ratio(gap: Tensor, weight: Tensor, gram: Tensor | None) -> float:
-    error, size = float(row_errors(gap, gram).sum()), float(row_errors(weight, gram).sum())
+def _ratio(dense: Tensor, weight: Tensor, gram: Tensor | None) -> float:
+    error, size = squared_error(weight, dense, gram), float(row_errors(weight, gram).sum())
     if error == 0:
         return 0.0
     return math.sqrt(error / size) if size > 0 else math.inf

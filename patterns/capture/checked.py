@@ -1,4 +1,8 @@
-"""Whether a program that was captured of a switched or patched model still gives what the model gives."""
+"""Whether a captured program gives what the model gives.
+
+Tracing follows one path through the code with what it believes of values: patches that make a model traceable have been seen to
+leave parts out, and `torch.export` to take a branch that the model does not take.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from recast.patterns.errors import CaptureError
@@ -38,12 +43,17 @@ def check_result(model: nn.Module, program: Program, args: tuple[Any, ...], kwar
     CaptureError
         The program gives something else.
     """
+    held = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))]
+    if any(isinstance(t, Tensor) and (t.is_meta or isinstance(t, FakeTensor)) for t in held):
+        return []  # no values to run on
     results = []
     for run in (model, program):
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             try:
-                results.append([leaf for leaf in pytree.tree_leaves(run(*args, **kwargs)) if isinstance(leaf, Tensor)])
+                own_args, own_kwargs = pytree.tree_map(_copied, (args, kwargs))  # caches are written to
+                result = run(*own_args, **own_kwargs)
+                results.append([leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)])
             except Exception as error:  # a model that runs in other ways only: there is nothing to compare with
                 if run is model:
                     return []
@@ -65,6 +75,10 @@ def check_result(model: nn.Module, program: Program, args: tuple[Any, ...], kwar
         if worst > eps**0.5
         else []
     )
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _error(wanted: Tensor, found: Tensor) -> float:

@@ -37,6 +37,8 @@ def capture(
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    *,
+    check: bool = True,
 ) -> Program:
     """Capture a model as a `Program`.
 
@@ -49,6 +51,10 @@ def capture(
     dynamic_shapes
         As `torch.export.export` takes it. By default every batch and sequence dimension that can vary is left free
         (an example batch of 1 is doubled for tracing, since `torch.export` would fix a size of 1).
+    check
+        Whether to run the program beside the model on the example (not in training mode, and not if it writes to its
+        buffers): `torch.export` has been seen to trace something else in silence. A program of a patched or switched model
+        is always checked.
 
     Returns
     -------
@@ -79,7 +85,7 @@ def capture(
     switches.known_outputs(model)
     with contextlib.ExitStack() as stack:
         said = [] if asked else stack.enter_context(switches.cache(model))
-        program = _export(model, args, kwargs, dynamic_shapes)
+        program = _export(model, args, kwargs, dynamic_shapes, check)
     program.notes[:0] = said
     return program
 
@@ -94,7 +100,9 @@ class _Example:
     note: str = ""
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Program:
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, check: bool
+) -> Program:
     """Trace in the first way that works: the model as it is, then with more and more of it switched."""
     example = _Example(args, kwargs, dynamic_shapes)
     examples = [example]
@@ -105,7 +113,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         examples = [free, dataclasses.replace(example, note=fixed)]
     same_batch = model.register_forward_pre_hook(_check_batches, with_kwargs=True) if dynamic_shapes is None else None
     try:
-        return _first_that_works(model, examples)
+        return _first_that_works(model, examples, check)
     finally:
         if same_batch is not None:
             same_batch.remove()
@@ -138,7 +146,7 @@ class _Attempt:
         return ", ".join([*ways, *asked, *["draft"] * self.draft, f"sizes {'fixed' if self.example.note else 'free'}"])
 
 
-def _first_that_works(model: nn.Module, examples: list[_Example]) -> Program:
+def _first_that_works(model: nn.Module, examples: list[_Example], check: bool) -> Program:
     first: Exception | None = None
     always: list[Switch] = [switches.experts, switches.unmoved]
     known = any(switches.is_transformers(m) for m in model.modules())
@@ -153,7 +161,7 @@ def _first_that_works(model: nn.Module, examples: list[_Example]) -> Program:
             exported, notes = _traced(model, attempt, always)
             example = attempt.example
             program = from_exported(exported, model, example.args, example.kwargs, notes)
-            if attempt.ways:  # patches have been seen to leave out what the model does
+            if attempt.ways or (check and not model.training and not program.interface.mutations):
                 program.notes += check_result(model, program, example.args, example.kwargs)
             return program
         except Exception as error:  # noqa: BLE001  # torch raises dozens of classes here; all mean the same to the caller

@@ -52,7 +52,8 @@ def _find(program: Program, constants: Constants) -> tuple[list[LinearSite], lis
     names: dict[str, int] = {}
     parts: dict[Any, tuple[Part, ...]] = {}
     sites = [_site(matrix, uses, constants, names, parts) for matrix, uses in grouped.values()]
-    return _mark_tied(sites, program, constants), missed
+    sites = _mark_tied(sites, program, constants)
+    return sites, missed + _rests(sites, constants)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +298,22 @@ def _mark_tied(sites: list[LinearSite], program: Program, constants: Constants) 
         dataclasses.replace(site, tied=tuple(dict.fromkeys(n for w in site.weights for n in others.get(w, ()))))
         for site in sites
     ]
+
+
+def _rests(sites: list[LinearSite], constants: Constants) -> list[Mismatch]:
+    """Weights of which products read a part only: stacks with matrices for experts that compute nothing, for one."""
+    read: dict[str, list[LinearSite]] = {}
+    for site in sites:
+        for name in site.weights:
+            read.setdefault(name, []).append(site)
+    found = []
+    for name, own in read.items():
+        whole = constants.weights[name].numel()
+        rest = whole - sum(site.parameters for site in own)
+        if rest > 0 and not any(site.tied or len(site.weights) > 1 for site in own):
+            reason = f"no product reads {rest:,} of its {whole:,} elements"
+            found.append(Mismatch(name, "rest", rest, reason, own[0].uses[0].product.name, own[0].where))
+    return found
 
 
 def _mismatch(node: fx.Node, reason: str, constants: Constants) -> Mismatch:

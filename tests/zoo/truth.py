@@ -283,7 +283,8 @@ class _Watch(TorchDispatchMode):
                 continue
             own = {f"{path}.{n}": p for n, p in module.named_parameters(recurse=False) if p.ndim >= 3}
             if own:
-                return Routed(path, next(iter(own.values())).shape[0], tuple(own))
+                # A stack may be longer than the others, with room for experts that compute nothing.
+                return Routed(path, min(p.shape[0] for p in own.values()), tuple(own))
             if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1:
                 inner = tuple(f"{path}.{n}" for n, p in module.named_parameters() if p.ndim >= 2)
                 return Routed(path, len(module), inner)
