@@ -19,9 +19,8 @@ from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.quantized import Quantized
 from recast.passes.forms.rounding import Snap, integer_snap, sweep, unit_gram, unrounded
 from recast.passes.forms.scaled import OverBase
-from recast.passes.forms.sparse import reference as sparse
 from recast.passes.forms.stats import Stats, row_errors
-from recast.passes.forms.unstructured import BitmapSparse
+from recast.passes.forms.unstructured import check_storage, outline_scattered, scattered
 from recast.patterns.errors import FormError
 
 __all__ = ["QuantEaseOutliers"]
@@ -67,6 +66,9 @@ class QuantEaseOutliers(OverBase):
     outliers: float = field(default=0.01, metadata={"help": "share of the values, or columns, that are not rounded"})
     structured: bool = field(default=False, metadata={"help": "outliers are whole columns, which are cheaper to read"})
     iterations: int = field(default=30, metadata={"help": "turns at most"})
+    storage: str = field(
+        default="tiled", metadata={"help": "of values anywhere: 'tiled', or 'bitmap' for many of them"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,12 +76,13 @@ class QuantEaseOutliers(OverBase):
             raise FormError(f"{self.name}: outliers is {self.outliers}, not in (0, 1); 0.01 would work")
         if self.iterations < 1:
             raise FormError(f"{self.name}: iterations is {self.iterations}, not positive; 30 would work")
+        check_storage(self.name, self.storage)
 
     @classmethod
     def positional(cls, values: list[Scalar]) -> list[str]:
         # quantease_outliers(0.01, 'int4') and quantease_outliers('int4', 0.01).
         first = ["base", "outliers"] if values and isinstance(values[0], str) else ["outliers", "base"]
-        return [*first, "structured", "iterations"][: len(values)]
+        return [*first, "structured", "iterations", "storage"][: len(values)]
 
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:
@@ -107,14 +110,12 @@ class QuantEaseOutliers(OverBase):
 
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Sum:
         (m, n), count = shape, self.count(shape)
-        held = (m, count) if self.structured else (1, count)
-        values = Dense(torch.empty(held, dtype=dtype, device="meta"))
         beside: Operator
         if self.structured:
+            values = Dense(torch.empty(m, count, dtype=dtype, device="meta"))
             beside = ColumnSparse(values, torch.empty(count, dtype=torch.int32, device="meta"), n)
         else:
-            width = sparse.packed_bytes(n, 1)
-            beside = BitmapSparse(values, torch.empty(m, width, dtype=torch.uint8, device="meta"), n)
+            beside = outline_scattered(shape, count, dtype, self.storage)
         return Sum((self.inner().outline(shape, dtype), beside))
 
     def solve(self, weight: Tensor, stats: Stats | None) -> Sum:
@@ -142,14 +143,13 @@ class QuantEaseOutliers(OverBase):
         return min((start, ended), key=lambda operator: data_error(weight, operator, stats))
 
     def _sum(self, rounded: Quantized, taken: Tensor, count: int, dtype: torch.dtype) -> Sum:
-        n = taken.shape[1]
         mask = _largest(taken, count, self.structured)
         beside: Operator
         if self.structured:
             columns = mask[0].nonzero()[:, 0]
-            beside = ColumnSparse(Dense(taken[:, columns].to(dtype)), columns.to(torch.int32), n)
+            beside = ColumnSparse(Dense(taken[:, columns].to(dtype)), columns.to(torch.int32), taken.shape[1])
         else:
-            beside = BitmapSparse(Dense(taken[mask].to(dtype).unsqueeze(0)), sparse.pack_bits(mask, 1), n)
+            beside = scattered(taken.to(dtype), mask, self.storage)
         return Sum((rounded, beside))
 
 

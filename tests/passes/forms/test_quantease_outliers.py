@@ -134,7 +134,7 @@ def test_so_many_values_or_columns_are_held_beside_the_codes() -> None:
     codes, beside = terms(Form.parse("quantease_outliers(0.02, 'int4')").fit(weight, stats))
     assert codes.bits == 4
     assert beside.values.shape == (1, round(0.02 * 48 * 96))
-    assert beside.nbytes == 2 * 92 + 48 * 96 // 8
+    assert beside.nbytes == (2 + 2) * 92 + 2 * 4  # values, their places, two tiles
     codes, beside = terms(Form.parse("quantease_outliers(0.02, 'int4', structured=true)").fit(weight, stats))
     assert isinstance(beside, ColumnSparse)
     assert beside.values.shape == (48, 2)
