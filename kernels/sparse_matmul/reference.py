@@ -1,8 +1,10 @@
 """The meaning of sparse weights, in plain torch: how they are packed, and the dense matrices they stand for.
 
-Two layouts. *N of M*: of every M consecutive inputs of a row N are kept, and each kept value has its place in the group
+Three layouts. *N of M*: of every M consecutive inputs of a row N are kept, and each kept value has its place in the group
 in ``⌈log2 M⌉`` bits: 2:4 in 16-bit floats takes 9/16 of the dense bytes. Inputs left over at the end make a shorter
-group, of which N are kept if it has so many. *Bitmap*: one bit for every place, and the values in row-major order.
+group, of which N are kept if it has so many. *Bitmap*: one bit for every place, and the values in row-major order. *Tiled
+CSL* (Flash-LLM, Xia et al., 2023): the values tile after tile, each with its place within the tile in 16 bits, and for each
+tile where its values begin. Within a tile values are in row-major order; the published one spares a GPU's memory banks.
 
 Everything traces (sizes of weights are fixed) and has gradients with respect to the values.
 """
@@ -20,6 +22,9 @@ __all__ = [
     "nm_to_dense",
     "pack_bits",
     "packed_bytes",
+    "tile_count",
+    "tiled_pack",
+    "tiled_to_dense",
     "unpack_bits",
 ]
 
@@ -128,3 +133,66 @@ def bitmap_to_dense(values: Tensor, bitmap: Tensor, features: int) -> Tensor:
     before = torch.cumsum(marks.reshape(-1).to(torch.int64), 0) - 1
     spread = values.index_select(0, before.clamp_min(0)).reshape(m, features)
     return torch.where(marks == 1, spread, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def tile_count(shape: tuple[int, int], tile: tuple[int, int]) -> int:
+    """Return how many tiles cover a matrix; those at its ends may stick out.
+
+    Examples
+    --------
+    >>> tile_count((128, 65), (128, 64))
+    2
+    """
+    return -(-shape[0] // tile[0]) * -(-shape[1] // tile[1])
+
+
+def tiled_pack(mask: Tensor, tile: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Order the places that a mask (m, n) sets tile after tile.
+
+    Parameters
+    ----------
+    mask
+        (m, n), bool, with k places set.
+    tile
+        Rows and columns of a tile, of at most 32768 places.
+
+    Returns
+    -------
+    order, places, offsets
+        int64 (k,) into the matrix in row-major order; int16 (k,), the place within the tile in row-major order; int32, of each
+        tile the number of places before it.
+    """
+    rows, columns = mask.nonzero().unbind(1)
+    across = -(-mask.shape[1] // tile[1])
+    which = rows // tile[0] * across + columns // tile[1]
+    order = torch.argsort(which, stable=True)
+    places = rows % tile[0] * tile[1] + columns % tile[1]
+    counts = torch.bincount(which, minlength=tile_count((mask.shape[0], mask.shape[1]), tile))
+    flat = rows * mask.shape[1] + columns
+    return flat[order], places[order].to(torch.int16), (counts.cumsum(0) - counts).to(torch.int32)
+
+
+def tiled_to_dense(
+    values: Tensor, places: Tensor, offsets: Tensor, *, shape: tuple[int, int], tile: tuple[int, int]
+) -> Tensor:
+    """Write values (k,), tile after tile, out as the matrix (m, n).
+
+    Examples
+    --------
+    >>> dense = torch.tensor([[0.0, 5.0, 6.0], [7.0, 0.0, 8.0]])
+    >>> order, places, offsets = tiled_pack(dense != 0, (2, 2))
+    >>> places.tolist(), offsets.tolist()
+    ([1, 2, 0, 2], [0, 2])
+    >>> tiled_to_dense(dense.reshape(-1)[order], places, offsets, shape=(2, 3), tile=(2, 2))
+    tensor([[0., 5., 6.],
+            [7., 0., 8.]])
+    """
+    across, count = -(-shape[1] // tile[1]), values.shape[0]
+    begun = torch.zeros(count + 1, dtype=torch.int64, device=values.device)
+    # A value is of the last tile that begins at or before it; tiles without values begin where the next one does.
+    begun = begun.scatter_add(0, offsets.to(torch.int64), torch.ones_like(offsets, dtype=torch.int64))
+    which = torch.cumsum(begun, 0)[:count] - 1
+    within = places.to(torch.int64)
+    rows = which // across * tile[0] + within // tile[1]
+    columns = which % across * tile[1] + within % tile[1]
+    return values.new_zeros(shape[0] * shape[1]).scatter(0, rows * shape[1] + columns, values).reshape(shape)

@@ -33,6 +33,11 @@ def kernels(accuracy_level: int = 0) -> Choose:
 
 def _leaf(operator: Operator, accuracy_level: int) -> Packed | None:
     """Lay an operator out for ONNX Runtime; what no kernel serves runs as the operator's own torch code."""
+    if isinstance(operator, Sparse) and not isinstance(operator, ColumnSparse):
+        # ONNX Runtime has no product with packed sparse weights: zeros are written out, in memory and in the file.
+        return Packed(
+            operator, "MatMul (sparse, written out)", {"weight": operator.to_dense().t().contiguous()}, _matmul
+        )
     if operator.dtype != torch.float32:
         return plain(operator, STANDARD)
     if isinstance(operator, Dense):
@@ -40,11 +45,6 @@ def _leaf(operator: Operator, accuracy_level: int) -> Packed | None:
         return Packed(operator, "MatMul", {"weight": operator.weight.t().contiguous()}, _matmul)
     if isinstance(operator, Quantized):
         return _quantized(operator, accuracy_level)
-    if isinstance(operator, Sparse) and not isinstance(operator, ColumnSparse):
-        # ONNX Runtime has no product with packed sparse weights: zeros are written out, in memory and in the file.
-        return Packed(
-            operator, "MatMul (sparse, written out)", {"weight": operator.to_dense().t().contiguous()}, _matmul
-        )
     if isinstance(operator, BlockDiagonal):
         return Packed(operator, "batched MatMul", {"blocks": operator.blocks.transpose(1, 2).contiguous()}, _blocks)
     return None

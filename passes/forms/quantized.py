@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recast.kernels.quantized_matmul import reference
 from recast.passes.forms.operator import Cost, Operator, dtype_from_name, dtype_name, matmul_cost
-from recast.passes.forms.rounding import compensated
+from recast.passes.forms.rounding import compensated, integer_snap
 from recast.passes.forms.stats import Stats, row_errors
 
 __all__ = ["Quantized", "fit_quantized", "outline_quantized"]
@@ -246,7 +246,6 @@ def _compensated(
     width = n if group is None else group
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     nearest = reference.dequantize(values, scale, zero, bits=bits, group=group, features=n)
-    low, high = reference.code_range(bits, zero is None, reduce_range)
     # A group's scales as columns next to each other in memory: (groups, m).
     steps = scale.T.contiguous()
     offsets = torch.zeros_like(steps) if zero is None else zero.T.to(steps.dtype).contiguous()
@@ -258,11 +257,7 @@ def _compensated(
         if offset is not None:
             offsets[start // width] = offset[:, 0].to(steps.dtype)
 
-    def snap(j: int, column: Tensor) -> Tensor:
-        step, offset = steps[j // width], offsets[j // width]
-        codes = torch.round(column / torch.where(step == 0, 1, step)).add_(offset).clamp_(low, high)
-        return codes.sub_(offset).mul_(step)
-
+    snap = integer_snap(steps, offsets, width, reference.code_range(bits, zero is None, reduce_range))
     # One group a row is there before its first input is rounded: nothing to choose anew.
     anew = None if act_order or width >= n else choose
     found, take = compensated(

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from recast.passes.forms.stats import row_errors
 
-__all__ = ["ROUNDINGS", "Choose", "Snap", "compensated", "gptq", "quantease"]
+__all__ = [
+    "ROUNDINGS",
+    "Choose",
+    "Snap",
+    "compensated",
+    "gptq",
+    "integer_snap",
+    "quantease",
+    "sweep",
+    "unit_gram",
+    "unrounded",
+]
 
 ROUNDINGS = ("nearest", "gptq", "quantease")
 
@@ -27,6 +38,17 @@ _BLOCK = 128
 # unrounded.
 _DAMPING = 0.01
 _PASSES = 30
+
+
+def integer_snap(steps: Tensor, offsets: Tensor, width: int, codes: tuple[int, int]) -> Snap:
+    """Snap to integers: steps and zero points (groups, m) of each `width` inputs, looked up when a value is asked for."""
+
+    def snap(j: int, column: Tensor) -> Tensor:
+        step, offset = steps[j // width], offsets[j // width]
+        found = torch.round(column / torch.where(step == 0, 1, step)).add_(offset).clamp_(*codes)
+        return found.sub_(offset).mul_(step)
+
+    return snap
 
 
 def gptq(
@@ -143,25 +165,13 @@ def quantease(weight: Tensor, gram: Tensor, start: Tensor, snap: Snap, *, passes
     -----
     Behdin et al., QuantEase: Optimization-based Quantization for Language Models (2023).
     """
-    g = (gram / gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)).to(weight.dtype)
-    target, current = weight.T.contiguous(), start.T.contiguous()
-    diagonal = g.diagonal().tolist()
+    g = unit_gram(gram, weight.dtype)
+    target, current = weight.T.contiguous(), start.T.contiguous().clone()  # of one row, they would be views
     best, least = current.clone(), _errors(target - current, g)
     since = 0
     for number in range(passes):
-        free = number % 3 == 1 and number < passes - 1 and number <= 25
-        for first in range(0, len(target), _BLOCK):
-            block = slice(first, first + _BLOCK)
-            # (W - Ŵ) G of the block's inputs, kept up to date within the block.
-            slope = g[block] @ (target - current)
-            for j in range(first, min(first + _BLOCK, len(target))):
-                if diagonal[j] <= 0:
-                    continue
-                wanted = current[j] + slope[j - first] / diagonal[j]
-                if not free:
-                    wanted = snap(j, wanted)
-                slope.addr_(g[block, j], wanted - current[j], alpha=-1)
-                current[j] = wanted
+        free = unrounded(number, passes)
+        sweep(target, current, g, None if free else snap)
         if free:
             continue
         errors = _errors(target - current, g)
@@ -171,6 +181,36 @@ def quantease(weight: Tensor, gram: Tensor, start: Tensor, snap: Snap, *, passes
         if since == 3:
             break
     return best.T
+
+
+def unit_gram(gram: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a Gram matrix with a mean diagonal of 1, in the dtype that products with it are taken in."""
+    return (gram / gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)).to(dtype)
+
+
+def unrounded(number: int, passes: int) -> bool:
+    """Whether this pass of coordinate descent leaves values unrounded: every third, but not the last or a late one."""
+    return number % 3 == 1 and number < passes - 1 and number <= 25
+
+
+def sweep(target: Tensor, current: Tensor, g: Tensor, snap: Snap | None) -> None:
+    """Change each input of `current` (n, m), in place, to what is best for `target` while all others stay.
+
+    The nearest of the grid to it, or it itself without a grid. Inputs that the data never shows stay.
+    """
+    diagonal = g.diagonal().tolist()
+    for first in range(0, len(target), _BLOCK):
+        block = slice(first, first + _BLOCK)
+        # (W - Ŵ) G of the block's inputs, kept up to date within the block.
+        slope = g[block] @ (target - current)
+        for j in range(first, min(first + _BLOCK, len(target))):
+            if diagonal[j] <= 0:
+                continue
+            wanted = current[j] + slope[j - first] / diagonal[j]
+            if snap is not None:
+                wanted = snap(j, wanted)
+            slope.addr_(g[block, j], wanted - current[j], alpha=-1)
+            current[j] = wanted
 
 
 def _errors(gap: Tensor, g: Tensor) -> Tensor:

@@ -9,13 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from recast.kernels.sparse_matmul import reference
 from recast.passes.forms.algebra import Product
 from recast.passes.forms.dictionary_fit import fit_dictionary
 from recast.passes.forms.form import NamedForm
 from recast.passes.forms.operator import Dense
 from recast.passes.forms.stats import Stats
-from recast.passes.forms.unstructured import BitmapSparse
+from recast.passes.forms.unstructured import outline_scattered, scattered
 from recast.patterns.errors import FormError
 
 __all__ = ["SparseDictionary"]
@@ -99,15 +98,11 @@ class SparseDictionary(NamedForm):
 
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Product:
         (m, n), (atoms, nonzeros) = shape, self.sizes(shape)
-        values = torch.empty(1, m * nonzeros, dtype=dtype, device="meta")
-        bitmap = torch.empty(m, reference.packed_bytes(atoms, 1), dtype=torch.uint8, device="meta")
         dictionary = torch.empty(atoms, n, dtype=dtype, device="meta")
-        return Product(BitmapSparse(Dense(values), bitmap, atoms), Dense(dictionary))
+        return Product(outline_scattered((m, atoms), m * nonzeros, dtype), Dense(dictionary))
 
     def solve(self, weight: Tensor, stats: Stats | None) -> Product:
         atoms, nonzeros = self.sizes((weight.shape[0], weight.shape[1]))
         gram = None if stats is None else stats.gram
         codes, mask, dictionary = fit_dictionary(weight, gram, atoms, nonzeros, self.iterations)
-        values = codes[mask].reshape(1, -1).to(weight.dtype)
-        sparse = BitmapSparse(Dense(values), reference.pack_bits(mask, 1), atoms)
-        return Product(sparse, Dense(dictionary.to(weight.dtype).contiguous()))
+        return Product(scattered(codes.to(weight.dtype), mask), Dense(dictionary.to(weight.dtype).contiguous()))
