@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from recast.passes.forms.linear_algebra import inverse_factor
 from recast.passes.forms.stats import row_errors
 
 __all__ = [
@@ -93,7 +94,8 @@ def gptq(
     m, n = weight.shape
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(n)
-    upper = _inverse_factor(gram[order][:, order] if act_order else gram, damping).to(weight.dtype)
+    # An input that is always zero may be rounded as it likes, and moves nothing.
+    upper = inverse_factor(gram[order][:, order] if act_order else gram, damping, dead=1.0).to(weight.dtype)
     left = weight.T[order].contiguous()  # inputs first, so that each is one stretch of memory
     places = order.tolist()
     width = n if group is None else group
@@ -118,24 +120,6 @@ def _blocks(n: int, group: int) -> list[tuple[int, int]]:
     size = max(1, _BLOCK // group) * group
     cuts = [(at, min(at + size, n)) for at in range(0, n, size)]
     return [(at, min(at + _BLOCK, stop)) for start, stop in cuts for at in range(start, stop, _BLOCK)]
-
-
-def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """The upper triangular U with ``H⁻¹ = Uᵀ U``, float64: ``H = V Vᵀ`` with V upper triangular, and U is its inverse."""
-    h = gram.double().clone()
-    diagonal = h.diagonal()
-    # An input that is always zero may be rounded as it likes, and moves nothing.
-    diagonal.masked_fill_(diagonal <= 0, 1.0)
-    mean = float(diagonal.mean())
-    while True:
-        diagonal += damping * mean
-        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
-        if int(info) == 0:
-            break
-        damping = max(10 * damping, 1e-8)  # no damping was asked for, and rounding made H indefinite
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-    return inverse
 
 
 def quantease(weight: Tensor, gram: Tensor, start: Tensor, snap: Snap, *, passes: int = _PASSES) -> Tensor:
