@@ -68,7 +68,8 @@ def check_result(model: nn.Module, program: Program, args: tuple[Any, ...], kwar
     if worst > _ANOTHER:
         raise CaptureError(
             f"capture: {type(model).__name__} computes something else when it is traced: results differ by {worst:.0%} on the "
-            "example; pass attn_implementation='eager' to the model, or capture a part of it"
+            "example, whichever way it is traced; pass the inputs that it otherwise makes up (masks, positions) or "
+            "attn_implementation='eager', capture a part of it, or check=False to take what torch.export gives"
         )
     return (
         [f"captured with results that differ by {worst:.1%} from the model's on the example"]

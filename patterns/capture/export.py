@@ -182,6 +182,8 @@ def _first_that_works(model: nn.Module, examples: list[_Example], check: bool) -
                 later = _as_it_runs(examples, loops) if known else []
             elif error is first and known:
                 later = [*_as_it_runs(examples, patched), _Attempt(examples[-1], (*patched, switches.attention))]
+    if isinstance(first, CaptureError):  # traced, but not what it does when it runs: says so itself
+        raise first
     raise CaptureError(_explain(model, first)) from first
 
 

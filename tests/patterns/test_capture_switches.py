@@ -187,3 +187,50 @@ def test_another_result_is_refused_and_a_rounded_one_told_of() -> None:
         check_result(_Noisy().eval(), program, (x,), {})
     with pytest.raises(CaptureError, match="does not run"):
         check_result(model, recast.capture(model, (x,), dynamic_shapes={"x": None}), (x[:3],), {})
+
+
+class _TwoWays(nn.Module):
+    """Does for a compiler something else than when it runs, as masks of transformers have been seen to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, seen: list[Tensor]) -> Tensor:
+        seen.append(x.sum())
+        y: Tensor = self.up(x)
+        return -y if torch.compiler.is_exporting() else y
+
+
+def test_a_model_that_is_traced_along_another_way_is_refused() -> None:
+    model, x = _TwoWays().eval(), torch.randn(5, 6)
+    with pytest.raises(
+        CaptureError, match="_TwoWays computes something else when it is traced: results differ by 200%"
+    ):
+        capture(model, (x, []))
+    taken = capture(model, (x, []), check=False)
+    assert_close(taken(x, []), -model(x, []), terms=6)
+
+
+def test_the_check_leaves_inputs_and_buffers_as_they_are() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("runs", torch.zeros(()))
+            self.up = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            return self.up(x)
+
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(2) + 1
+
+    counts = Counts().eval()
+    capture(counts, (torch.randn(4, 6),))
+    assert float(counts.runs) == 0
+    x = torch.randn(4, 6)
+    kept = x.clone()
+    capture(Writes().eval(), (x,))
+    assert torch.equal(x, kept)
