@@ -37,6 +37,7 @@ _CHOSEN = {
     aten.index_put.default, aten.scatter.src, aten.scatter_add.default, aten.index_add.default, aten.index_copy.default,
     aten.masked_fill.Scalar, aten.masked_select.default, aten.split_with_sizes.default,
 }  # fmt: skip
+_ROWS = {aten.index.Tensor, aten.index_select.default}
 _MATMULS = {aten.bmm.default, aten.matmul.default, aten.mm.default, aten.einsum.default}
 _ROOM = 60  # values looked at for each expert
 
@@ -112,7 +113,9 @@ def read_tokens(router: Router, around: Surroundings, entrance: fx.Node, latent:
             if not all(_beside(n, router, around) for n in others):
                 continue
             getitem = getattr(user.target, "__name__", "") == "getitem"
-            if user.target in _VIEWS | _SPREADS or getitem or (chosen and user.target in _CHOSEN):
+            # Rows taken by numbers that no value decides are the same tokens again, once for each of their experts.
+            repeated = user.target in _ROWS and user.args[0] is node
+            if user.target in _VIEWS | _SPREADS or getitem or repeated or (chosen and user.target in _CHOSEN):
                 moved = chosen or any(n in sent for n in read)
                 (sent if moved else plain)[user] = None
                 queue.append(user)

@@ -121,6 +121,8 @@ def _model(name: str, exception: dict[str, Any], fill: bool) -> nn.Module:
     for part in _parts(config):
         if hasattr(part, "use_cache"):
             part.use_cache = False
+        if not hasattr(part, "pad_token_id"):  # transformers 5.0 reads it of configurations that lack it
+            part.pad_token_id = None
     cls = getattr(transformers, _class_name(name, config, exception))
     config = _fitting(config, cls)
     with torch.device("meta"):
