@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from recast.passes.forms.operator import Operator
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
-__all__ = ["OverBase", "fit_scaled", "input_size", "scaled_stats"]
+__all__ = ["OverBase", "ScaledInputs", "fit_scaled", "input_size", "scaled_stats"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,46 @@ class OverBase(NamedForm):
     def check(self, shape: tuple[int, int], where: str | None = None) -> None:
         super().check(shape, where)
         self.inner().check(shape, where)
+
+
+@dataclass(frozen=True)
+class ScaledInputs(OverBase):
+    """A form that divides inputs by a scale chosen on the data; sites that read the same input may share one.
+
+    A scale that is shared is of powers of two, so that whatever makes the input can take it over without rounding anything anew.
+    """
+
+    shared: bool = field(
+        default=False,
+        kw_only=True,
+        metadata={
+            "help": "one scale, of powers of two, for all sites that read the same input, to be folded into its maker"
+        },
+    )
+
+    @property
+    def shared_part(self) -> Form | None:
+        return self if self.shared else None
+
+    @abc.abstractmethod
+    def solve_together(self, weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> list[Operator]:
+        """Fit weights that read the same input, with one scale for all of them."""
+
+    def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
+        return self.solve_together([weight], [stats])[0]
+
+    def fit_together(
+        self, weights: Sequence[Tensor], stats: Sequence[Stats | None], *, where: Sequence[str] | None = None
+    ) -> list[Operator]:
+        if not self.shared:
+            return super().fit_together(weights, stats, where=where)
+        checked = self.checked_together(weights, stats, where)
+        return self.solve_together(checked, stats)
+
+    def rounded(self, scale: Tensor) -> Tensor:
+        """Return a scale as it is used: within what half precision holds, to the nearest power of two if it is shared."""
+        scale = scale.clamp(1e-4, 1e4)
+        return torch.exp2(torch.round(torch.log2(scale))) if self.shared else scale
 
 
 def scaled_stats(stats: Stats, factor: Tensor) -> Stats:
