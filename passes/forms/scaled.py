@@ -10,14 +10,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from recast.passes.forms.algebra import Product
+from recast.passes.forms.algebra import Product, RowStack
 from recast.passes.forms.diagonal import Diagonal
 from recast.passes.forms.form import Form, NamedForm
-from recast.passes.forms.operator import Operator
+from recast.passes.forms.operator import Dense, Operator
+from recast.passes.forms.quantized import Quantized
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
-__all__ = ["OverBase", "ScaledInputs", "fit_scaled", "input_size", "scaled_stats"]
+__all__ = ["OverBase", "ScaledInputs", "fit_scaled", "input_size", "scaled_rows", "scaled_stats", "without_scale"]
 
 
 @dataclass(frozen=True)
@@ -130,3 +131,50 @@ def outline_scaled(base: Form, shape: tuple[int, int], dtype: torch.dtype) -> Pr
     left = base.outline(shape, dtype)
     n = shape[1]
     return None if left is None else Product(left, Diagonal(torch.empty(n, dtype=dtype, device="meta"), n, n))
+
+
+def without_scale(operator: Operator | None) -> tuple[Operator, Tensor] | None:
+    """An operator without the square diagonal that its input meets first, and the diagonal; None if there is none.
+
+    Examples
+    --------
+    >>> operator = Product(Dense(torch.ones(3, 2)), Diagonal(torch.tensor([1.0, 2.0]), 2, 2))
+    >>> without_scale(operator)
+    (Dense(weight=float32[3, 2]), tensor([1., 2.]))
+    """
+    if isinstance(operator, RowStack):
+        parts = [without_scale(part) for part in operator.parts]
+        taken = [part for part in parts if part is not None]
+        if len(taken) < len(parts) or any(not torch.equal(scale, taken[0][1]) for _, scale in taken):
+            return None
+        return RowStack(tuple(left for left, _ in taken)), taken[0][1]
+    if not isinstance(operator, Product) or not isinstance(operator.right, Diagonal):
+        return None
+    return (operator.left, operator.right.values) if operator.right.rows == operator.right.columns else None
+
+
+def scaled_rows(operator: Operator, scale: Tensor) -> Operator | None:
+    """``diag(scale) operator`` in the form that the operator has; None for forms that would need a factor of their own.
+
+    Examples
+    --------
+    >>> scaled_rows(Dense(torch.ones(2, 2)), torch.tensor([1.0, 2.0])).to_dense()
+    tensor([[1., 1.],
+            [2., 2.]])
+    """
+    if isinstance(operator, Dense):
+        return Dense(operator.weight * scale.to(operator.weight.dtype).unsqueeze(1))
+    if isinstance(operator, Quantized):
+        whole = operator.by_row()
+        return replace(whole, scale=whole.scale * scale.to(whole.scale.dtype).unsqueeze(1))
+    if isinstance(operator, Product):
+        left = scaled_rows(operator.left, scale)
+        return None if left is None else Product(left, operator.right)
+    if isinstance(operator, RowStack):
+        parts, at = [], 0
+        for part in operator.parts:
+            parts.append(scaled_rows(part, scale[at : at + part.shape[0]]))
+            at += part.shape[0]
+        known = [part for part in parts if part is not None]
+        return RowStack(tuple(known)) if len(known) == len(parts) else None
+    return None

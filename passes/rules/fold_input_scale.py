@@ -11,10 +11,8 @@ from torch import Tensor, fx
 from recast.passes.errors_of import rounds
 from recast.passes.exact import Edit, ExactPass
 from recast.passes.follow import keeps_features, origin_of, readers_of, sinks_of
-from recast.passes.forms.algebra import Product, RowStack
-from recast.passes.forms.diagonal import Diagonal
-from recast.passes.forms.operator import Dense, Operator
-from recast.passes.forms.quantized import Quantized
+from recast.passes.forms.operator import Operator
+from recast.passes.forms.scaled import scaled_rows, without_scale
 from recast.passes.module import OperatorModule
 from recast.passes.structures import Core, affine_of, cores
 from recast.patterns.derivation import Derivation
@@ -49,7 +47,7 @@ class FoldInputScale(ExactPass):
         touched: set[str] = set()
         for node in [node for nodes in calls.values() for node in nodes]:
             root = _source(node.args[0])
-            if root in seen or _taken_apart(_operator(edit, node)) is None:
+            if root in seen or without_scale(_operator(edit, node)) is None:
                 continue
             seen.add(root)
             found = _common(edit, root, calls)
@@ -69,7 +67,7 @@ class FoldInputScale(ExactPass):
             touched |= paths | change.paths
             change.carry_out()
             for path in paths:
-                taken = _taken_apart(_operator(edit, next(iter(calls[path]))))
+                taken = without_scale(_operator(edit, next(iter(calls[path]))))
                 assert taken is not None
                 _put(edit, path, taken[0])
             edit.did(f"{names} -> {change.into}")
@@ -104,19 +102,6 @@ def _put(edit: Edit, path: str, operator: Operator) -> None:
     set_by_path(edit.program.module, path, OperatorModule(operator, module.site, module.form, module.order))
 
 
-def _taken_apart(operator: Operator | None) -> tuple[Operator, Tensor] | None:
-    """An operator without the square diagonal that its input meets first, and the diagonal; None if there is none."""
-    if isinstance(operator, RowStack):
-        parts = [_taken_apart(part) for part in operator.parts]
-        taken = [part for part in parts if part is not None]
-        if len(taken) < len(parts) or any(not torch.equal(scale, taken[0][1]) for _, scale in taken):
-            return None
-        return RowStack(tuple(left for left, _ in taken)), taken[0][1]
-    if not isinstance(operator, Product) or not isinstance(operator.right, Diagonal):
-        return None
-    return (operator.left, operator.right.values) if operator.right.rows == operator.right.columns else None
-
-
 def _common(edit: Edit, root: fx.Node, calls: dict[str, list[fx.Node]]) -> tuple[list[fx.Node], Tensor] | str:
     """Everything that reads a value, and the diagonal that all of it has in front; or why there is none."""
     readers, scale = [], None
@@ -125,7 +110,7 @@ def _common(edit: Edit, root: fx.Node, calls: dict[str, list[fx.Node]]) -> tuple
             continue
         if reader.op == "output":
             return "the program gives it back as a result"
-        taken = _taken_apart(_operator(edit, reader))
+        taken = without_scale(_operator(edit, reader))
         if taken is None or reader.args[0] is not value or value in reader.args[1:]:
             return f"'{reader.name}' reads it without a scale of its own"
         if rounds(taken[0]) and not bool((torch.frexp(taken[1]).mantissa.abs() == 0.5).all()):
@@ -176,7 +161,7 @@ class _Maker:
         if node.op == "call_module":
             path = str(node.target)
             operator = _operator(self.edit, node)
-            if operator is None or _scaled_rows(operator, self.scale) is None:
+            if operator is None or scaled_rows(operator, self.scale) is None:
                 return f"'{node.name}' holds its rows in a form that takes no scale"
             if len(self.calls[path]) > 1:
                 return f"'{node.name}' is one of several products with the same operator"
@@ -274,7 +259,7 @@ class _Maker:
             scale = self.scale
             if module.order is not None:
                 scale = torch.empty_like(scale).index_copy_(0, module.order, scale)
-            changed = _scaled_rows(operator, scale)
+            changed = scaled_rows(operator, scale)
             assert changed is not None
             _put(edit, str(node.target), changed)
             if len(node.args) > 1:
@@ -314,23 +299,3 @@ def _name_of(edit: Edit, vector: fx.Node, node: fx.Node) -> str:
     """The weight that a constant vector is made of, or where it is made of several, a name of its own."""
     sources = tuple(edit.constants.sources[vector])
     return str(sources[0]) if len(sources) == 1 else f"{node.name}.scale"
-
-
-def _scaled_rows(operator: Operator, scale: Tensor) -> Operator | None:
-    """``diag(scale) operator`` in the form that the operator has; None for forms that would need a factor of their own."""
-    if isinstance(operator, Dense):
-        return Dense(operator.weight * scale.to(operator.weight.dtype).unsqueeze(1))
-    if isinstance(operator, Quantized):
-        whole = operator.by_row()
-        return dataclasses.replace(whole, scale=whole.scale * scale.to(whole.scale.dtype).unsqueeze(1))
-    if isinstance(operator, Product):
-        left = _scaled_rows(operator.left, scale)
-        return None if left is None else Product(left, operator.right)
-    if isinstance(operator, RowStack):
-        parts, at = [], 0
-        for part in operator.parts:
-            parts.append(_scaled_rows(part, scale[at : at + part.shape[0]]))
-            at += part.shape[0]
-        known = [part for part in parts if part is not None]
-        return RowStack(tuple(known)) if len(known) == len(parts) else None
-    return None
