@@ -6,11 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from torch import fx
+
 from recast.passes.allocate import allocate
 from recast.passes.cache import OperatorCache
 from recast.passes.calibration import Calibration
 from recast.passes.decided import Entry, Plan, Skip
+from recast.passes.follow import root_of
 from recast.passes.forms.form import Form
+from recast.passes.forms.scaled import ScaledInputs
 from recast.passes.forms.shared import divided, groups_of
 from recast.passes.forms.stats import Stats
 from recast.passes.modules.apply import choose
@@ -246,10 +250,19 @@ def _is_dense(form: Form) -> bool:
 
 def fitted_apart(forms: Mapping[str, Form], targets: Mapping[str, Target]) -> list[list[str]]:
     """Names in groups that are fitted together: one each, but where a form shares something between several."""
-    groups = groups_of(forms, {name: targets[name].matrix.shape for name in forms})
+    groups = groups_of(forms, {name: targets[name].matrix.shape for name in forms}) + _same_input(forms, targets)
     first = {group[0]: group for group in groups}
     rest = {name for group in groups for name in group[1:]}
     return [first.get(name, [name]) for name in forms if name not in rest]
+
+
+def _same_input(forms: Mapping[str, Form], targets: Mapping[str, Target]) -> list[list[str]]:
+    """Names of sites whose forms scale their inputs alike, in groups that read the same value."""
+    alike: dict[tuple[Form, fx.Node], list[str]] = {}
+    for name, form in forms.items():
+        if isinstance(form, ScaledInputs) and form.shared:
+            alike.setdefault((form, root_of(targets[name].site.uses[0].x)), []).append(name)
+    return list(alike.values())
 
 
 def _measured(

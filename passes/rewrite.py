@@ -10,7 +10,9 @@ from torch import Tensor
 from recast.passes.base import Context, Pipeline, Soundness, discover
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration
+from recast.passes.exact import Note
 from recast.passes.failure import verify
+from recast.passes.forms.scaled import ScaledInputs
 from recast.passes.modules.apply import is_module, make_smaller
 from recast.passes.parallel import check_jobs
 from recast.passes.plan import Plan
@@ -30,6 +32,8 @@ def pipeline_for(plan: Plan) -> Pipeline:
     steps = ["apply_modules"] if any(map(is_module, plan.entries.values())) else []
     if not all(map(is_module, plan.entries.values())):
         steps.append("raise_sites,apply_forms")
+    if any(isinstance(form := entry.form, ScaledInputs) and form.shared for entry in plan.entries.values()):
+        steps.append("fold_input_scale")
     if plan.compute_dtype is not None:
         steps.append(f"cast{{dtype={plan.compute_dtype}}}")
     return Pipeline.parse(",".join(steps))
@@ -108,6 +112,8 @@ def rewrite(
         passes[str(step)] = {"soundness": step.soundness.value, "verified": False}
         if verification:
             passes[str(step)] = verify(program, current, following, step, list(passes)[:-1], context)
+        if isinstance(note := context.notes.get(str(step)), Note):
+            passes[str(step)] |= note.to_dict()
         current = following
     if current is program:
         current = program.copy()

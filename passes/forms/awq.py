@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from recast.passes.forms.algebra import Product
 from recast.passes.forms.form import NamedForm, data_error
-from recast.passes.forms.scaled import OverBase, fit_scaled, input_size, outline_scaled
+from recast.passes.forms.operator import Operator
+from recast.passes.forms.scaled import ScaledInputs, fit_scaled, input_size, outline_scaled
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
@@ -22,11 +24,12 @@ _ROWS = 512
 
 
 @dataclass(frozen=True)
-class Awq(OverBase):
+class Awq(ScaledInputs):
     """``W ≈ Q(W diag(s)) diag(1/s)`` with ``s_j = mean|x_j|^α`` and the α in [0, 1) of least error on the data.
 
     s is divided by the root of the product of its largest and smallest value. The division by s stays in front of the
-    product, n multiplications a token, where nothing before it can take it over.
+    product, n multiplications a token. With ``shared=true`` sites that read the same input get one s, of powers of two, which a
+    rewrite moves into what makes that input where it can.
 
     Notes
     -----
@@ -68,27 +71,33 @@ class Awq(OverBase):
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Product | None:
         return outline_scaled(self.inner(), shape, dtype)
 
-    def solve(self, weight: Tensor, stats: Stats | None) -> Product:
+    def solve_together(self, weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> list[Operator]:
         base = self.inner()
-        ones = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
-        if stats is None or stats.gram is None:
-            return fit_scaled(base, weight, stats, ones)
-        size = input_size(stats).to(weight.device)
+        pairs = list(zip(weights, stats, strict=True))
+        ones = torch.ones(weights[0].shape[1], dtype=torch.float64, device=weights[0].device)
+
+        def scaled(scale: Tensor, given: Sequence[tuple[Tensor, Stats | None]]) -> list[Operator]:
+            return [fit_scaled(base, weight, known, scale) for weight, known in given]
+
+        def error(found: Sequence[Operator], given: Sequence[tuple[Tensor, Stats | None]] = pairs) -> float:
+            return sum(data_error(w, operator, known) for operator, (w, known) in zip(found, given, strict=True))
+
+        # All of them see the same.
+        first = next((known for known in stats if known is not None and known.gram is not None), None)
+        if first is None:
+            return scaled(ones, pairs)
+        size = input_size(first).to(weights[0].device)
         # An input that is never seen is scaled as the smallest one that is.
         seen = size > 0
         size = torch.where(seen, size, size[seen].min() if bool(seen.any()) else 1.0)
-        step = -(-weight.shape[0] // _ROWS)
-        some = weight[::step]
+        some = [(weight[:: -(-weight.shape[0] // _ROWS)], known) for weight, known in pairs]
         best, least = ones, torch.inf
         for i in range(self.grid):
             scale = size ** (i / self.grid)
-            scale = scale / (scale.max() * scale.min()).sqrt()
-            # Half precision holds what is divided by.
-            scale = scale.clamp(1e-4, 1e4)
-            error = data_error(some, fit_scaled(base, some, stats, scale), stats)
-            if error < least:
-                best, least = scale, error
-        found = fit_scaled(base, weight, stats, best)
-        plain = fit_scaled(base, weight, stats, ones)
-        free = plain if base.optimal_on_data else fit_scaled(base, weight, None, ones)
-        return min((found, plain, free), key=lambda operator: data_error(weight, operator, stats))
+            scale = self.rounded(scale / (scale.max() * scale.min()).sqrt())
+            lost = error(scaled(scale, some), some)
+            if lost < least:
+                best, least = scale, lost
+        found, plain = scaled(best, pairs), scaled(ones, pairs)
+        free = plain if base.optimal_on_data else scaled(ones, [(weight, None) for weight in weights])
+        return min((found, plain, free), key=error)

@@ -162,6 +162,15 @@ class Form(abc.ABC):
             stats.check(weight.shape[1], where)
         return weight
 
+    def checked_together(
+        self, weights: Sequence[Tensor], stats: Sequence[Stats | None], where: Sequence[str] | None
+    ) -> list[Tensor]:
+        """Return several weights as `checked` does."""
+        return [
+            self.checked(weight, known, None if where is None else where[i])
+            for i, (weight, known) in enumerate(zip(weights, stats, strict=True))
+        ]
+
     @property
     def shared_part(self) -> Form | None:
         """The form in this one that is fitted to several matrices at once, if there is one."""

@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from recast.passes.forms.algebra import Product
+from recast.passes.forms.algebra import Product, RowStack
 from recast.passes.forms.diagonal import Diagonal
 from recast.passes.forms.form import Form, NamedForm
-from recast.passes.forms.operator import Operator
+from recast.passes.forms.operator import Dense, Operator
+from recast.passes.forms.quantized import Quantized
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
-__all__ = ["OverBase", "fit_scaled", "input_size", "scaled_stats"]
+__all__ = ["OverBase", "ScaledInputs", "fit_scaled", "input_size", "scaled_rows", "scaled_stats", "without_scale"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,46 @@ class OverBase(NamedForm):
     def check(self, shape: tuple[int, int], where: str | None = None) -> None:
         super().check(shape, where)
         self.inner().check(shape, where)
+
+
+@dataclass(frozen=True)
+class ScaledInputs(OverBase):
+    """A form that divides inputs by a scale chosen on the data; sites that read the same input may share one.
+
+    A scale that is shared is of powers of two, so that whatever makes the input can take it over without rounding anything anew.
+    """
+
+    shared: bool = field(
+        default=False,
+        kw_only=True,
+        metadata={
+            "help": "one scale, of powers of two, for all sites that read the same input, to be folded into its maker"
+        },
+    )
+
+    @property
+    def shared_part(self) -> Form | None:
+        return self if self.shared else None
+
+    @abc.abstractmethod
+    def solve_together(self, weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> list[Operator]:
+        """Fit weights that read the same input, with one scale for all of them."""
+
+    def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
+        return self.solve_together([weight], [stats])[0]
+
+    def fit_together(
+        self, weights: Sequence[Tensor], stats: Sequence[Stats | None], *, where: Sequence[str] | None = None
+    ) -> list[Operator]:
+        if not self.shared:
+            return super().fit_together(weights, stats, where=where)
+        checked = self.checked_together(weights, stats, where)
+        return self.solve_together(checked, stats)
+
+    def rounded(self, scale: Tensor) -> Tensor:
+        """Return a scale as it is used: within what half precision holds, to the nearest power of two if it is shared."""
+        scale = scale.clamp(1e-4, 1e4)
+        return torch.exp2(torch.round(torch.log2(scale))) if self.shared else scale
 
 
 def scaled_stats(stats: Stats, factor: Tensor) -> Stats:
@@ -88,3 +131,50 @@ def outline_scaled(base: Form, shape: tuple[int, int], dtype: torch.dtype) -> Pr
     left = base.outline(shape, dtype)
     n = shape[1]
     return None if left is None else Product(left, Diagonal(torch.empty(n, dtype=dtype, device="meta"), n, n))
+
+
+def without_scale(operator: Operator | None) -> tuple[Operator, Tensor] | None:
+    """An operator without the square diagonal that its input meets first, and the diagonal; None if there is none.
+
+    Examples
+    --------
+    >>> operator = Product(Dense(torch.ones(3, 2)), Diagonal(torch.tensor([1.0, 2.0]), 2, 2))
+    >>> without_scale(operator)
+    (Dense(weight=float32[3, 2]), tensor([1., 2.]))
+    """
+    if isinstance(operator, RowStack):
+        parts = [without_scale(part) for part in operator.parts]
+        taken = [part for part in parts if part is not None]
+        if len(taken) < len(parts) or any(not torch.equal(scale, taken[0][1]) for _, scale in taken):
+            return None
+        return RowStack(tuple(left for left, _ in taken)), taken[0][1]
+    if not isinstance(operator, Product) or not isinstance(operator.right, Diagonal):
+        return None
+    return (operator.left, operator.right.values) if operator.right.rows == operator.right.columns else None
+
+
+def scaled_rows(operator: Operator, scale: Tensor) -> Operator | None:
+    """``diag(scale) operator`` in the form that the operator has; None for forms that would need a factor of their own.
+
+    Examples
+    --------
+    >>> scaled_rows(Dense(torch.ones(2, 2)), torch.tensor([1.0, 2.0])).to_dense()
+    tensor([[1., 1.],
+            [2., 2.]])
+    """
+    if isinstance(operator, Dense):
+        return Dense(operator.weight * scale.to(operator.weight.dtype).unsqueeze(1))
+    if isinstance(operator, Quantized):
+        whole = operator.by_row()
+        return replace(whole, scale=whole.scale * scale.to(whole.scale.dtype).unsqueeze(1))
+    if isinstance(operator, Product):
+        left = scaled_rows(operator.left, scale)
+        return None if left is None else Product(left, operator.right)
+    if isinstance(operator, RowStack):
+        parts, at = [], 0
+        for part in operator.parts:
+            parts.append(scaled_rows(part, scale[at : at + part.shape[0]]))
+            at += part.shape[0]
+        known = [part for part in parts if part is not None]
+        return RowStack(tuple(known)) if len(known) == len(parts) else None
+    return None

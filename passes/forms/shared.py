@@ -56,10 +56,7 @@ class SharedForm(NamedForm):
     def fit_together(
         self, weights: Sequence[Tensor], stats: Sequence[Stats | None], *, where: Sequence[str] | None = None
     ) -> list[Operator]:
-        checked = [
-            self.checked(weight, known, None if where is None else where[i])
-            for i, (weight, known) in enumerate(zip(weights, stats, strict=True))
-        ]
+        checked = self.checked_together(weights, stats, where)
         shapes = {tuple(weight.shape) for weight in checked}
         if len(shapes) != 1:
             raise FormError(f"{self}: matrices of one shape are needed, these are {sorted(shapes)}; share them apart")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from recast.passes.errors_of import measured_errors, predicted_errors
 from recast.passes.forms.algebra import Product
 from recast.passes.forms.form import NamedForm
-from recast.passes.forms.scaled import OverBase, fit_scaled, outline_scaled
+from recast.passes.forms.operator import Operator
+from recast.passes.forms.scaled import ScaledInputs, fit_scaled, outline_scaled
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
@@ -20,7 +22,7 @@ __all__ = ["SmoothQuant"]
 
 
 @dataclass(frozen=True)
-class SmoothQuant(OverBase):
+class SmoothQuant(ScaledInputs):
     """``W x ≈ Q(W diag(s)) Q(x / s)`` with ``s_j = max|x_j|^α / max|W_:,j|^(1-α)``: both are rounded, so both are made smooth.
 
     Inputs that are a hundred times larger than others, which would leave those no steps, hand a part of their size to the
@@ -29,7 +31,8 @@ class SmoothQuant(OverBase):
     Notes
     -----
     Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models (2022), α = 0.5.
-    The division stays in front of the product where nothing before it can take it over.
+    The division stays in front of the product. With ``shared=true`` sites that read the same input get one s, of powers of two,
+    which a rewrite moves into what makes that input where it can.
 
     Examples
     --------
@@ -66,26 +69,34 @@ class SmoothQuant(OverBase):
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Product | None:
         return outline_scaled(self.inner(), shape, dtype)
 
-    def solve(self, weight: Tensor, stats: Stats | None) -> Product:
+    def solve_together(self, weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> list[Operator]:
         base = self.inner()
-        ones = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
-        plain = fit_scaled(base, weight, stats, ones)
-        if stats is None:
+        pairs = list(zip(weights, stats, strict=True))
+        device = weights[0].device
+        ones = torch.ones(weights[0].shape[1], dtype=torch.float64, device=device)
+        plain: list[Operator] = [fit_scaled(base, weight, known, ones) for weight, known in pairs]
+        if any(known is None for known in stats):
             return plain
-        top = stats.absmax.to(weight.device, torch.float64)
-        large = weight.double().abs().amax(0)
+        # Inputs are the same for all of them.
+        top = torch.stack([known.absmax.to(device, torch.float64) for known in stats if known is not None]).amax(0)
+        large = torch.stack([weight.double().abs().amax(0) for weight in weights]).amax(0)
         # Where an input or its weights are all zero there is nothing to hand over.
         both = (top > 0) & (large > 0)
         scale = torch.where(both, top, 1) ** self.alpha / torch.where(both, large, 1) ** (1 - self.alpha)
         if bool(both.any()):
             # One factor for all changes nothing but where numbers overflow.
             scale = scale / (scale[both].max() * scale[both].min()).sqrt()
-        scale = torch.where(both, scale, 1).clamp(1e-4, 1e4)
-        smooth = fit_scaled(base, weight, stats, scale)
-        return min((plain, smooth), key=lambda found: _error(weight, found, stats))
+        scale = self.rounded(torch.where(both, scale, 1))
+        smooth: list[Operator] = [fit_scaled(base, weight, known, scale) for weight, known in pairs]
+
+        def error(found: Sequence[Operator]) -> float:
+            lost = [_error(w, operator, s) ** 2 for operator, (w, s) in zip(found, pairs, strict=True) if s is not None]
+            return sum(lost)
+
+        return min((plain, smooth), key=error)
 
 
-def _error(weight: Tensor, operator: Product, stats: Stats) -> float:
+def _error(weight: Tensor, operator: Operator, stats: Stats) -> float:
     """Relative error with the rounding of inputs: measured on the sample, or without one predicted."""
     measured = measured_errors(weight, operator, stats)
     if measured is not None:
