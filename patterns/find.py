@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from recast.patterns.constants import Constants
-from recast.patterns.linear.find import find_linear, product_flops
+from recast.patterns.errors import ModelError, RecastError, nearest
+from recast.patterns.linear.find import find_linear, is_product, product_flops
 from recast.patterns.linear.spellings import is_matrix
 from recast.patterns.program import Program
 from recast.patterns.recognise import recognise
+from recast.patterns.rules import rules
 from recast.patterns.sites import LinearSite, Mismatch, Site, source_line
 
 __all__ = ["Coverage", "coverage", "find"]
@@ -25,7 +28,7 @@ _LOOKUPS = {
     aten.index_select.default: "looked up by index, not multiplied",
     aten.gather.default: "looked up by index, not multiplied",
 }
-_ELEMENTWISE = {aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.stack.default}
+_JOINED = {aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.stack.default}
 
 
 def find(program: Program, kind: str | None = None) -> list[Site]:
@@ -38,6 +41,11 @@ def find(program: Program, kind: str | None = None) -> list[Site]:
     kind
         Only sites of this kind: ``linear``, ``norm``, ``rotary``, ``attention``, ``moe``, ``mlp``, ``embedding``.
 
+    Raises
+    ------
+    RecastError
+        There is no such kind, or what was given is no program.
+
     Examples
     --------
     >>> import torch
@@ -46,8 +54,12 @@ def find(program: Program, kind: str | None = None) -> list[Site]:
     >>> [(site.kind, site.name, site.shape) for site in find(program)]
     [('linear', '0', (4, 8))]
     """
+    _check(program, "find")
     if kind == "linear":
         return list(find_linear(program)[0])
+    kinds = {"linear", *(rule.kind for rule in rules())}
+    if kind is not None and kind not in kinds:
+        raise RecastError(f"find: there is no kind of site {kind!r}; {nearest(kind, kinds)}")
     return [site for site in recognise(program).sites if kind in (None, site.kind)]
 
 
@@ -105,6 +117,7 @@ class Coverage:
 
 def coverage(program: Program) -> Coverage:
     """Measure how much of a program `find` reaches; see `Coverage`."""
+    _check(program, "coverage")
     constants = Constants(program)
     recognition = recognise(program, constants)
     sites = [site for site in recognition.sites if isinstance(site, LinearSite)]
@@ -128,6 +141,13 @@ def coverage(program: Program) -> Coverage:
     return Coverage(total, owned, flops, sum(site.flops for site in sites), recognition.sites, tuple(misses))
 
 
+def _check(program: object, what: str) -> None:
+    if not isinstance(program, Program):
+        raise ModelError(
+            f"{what}: a Program is needed, {type(program).__name__} was given; recast.capture(model, (inputs,)) makes one"
+        )
+
+
 def _users(program: Program, constants: Constants) -> dict[str, list[fx.Node]]:
     """Computed values that read each weight, directly or through a constant made of it."""
     users: dict[str, list[fx.Node]] = {}
@@ -138,8 +158,33 @@ def _users(program: Program, constants: Constants) -> dict[str, list[fx.Node]]:
     return users
 
 
+def _met(users: list[fx.Node], constants: Constants) -> list[fx.Node]:
+    """Where a weight meets activations: behind slices by computed sizes, casts and comparisons, which are made of it alone."""
+    own: set[fx.Node] = set()
+    met: dict[fx.Node, None] = {}
+    queue = deque(users)
+    while queue:
+        node = queue.popleft()
+        if node in own or node in met:
+            continue
+        read = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        if node.op == "call_function" and not is_product(node) and all(n in own or n in constants for n in read):
+            own.add(node)
+            queue.extend(node.users)
+        elif node.op != "output":
+            met[node] = None
+    return list(met) or users
+
+
+def _elementwise(target: Any) -> bool:
+    if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return True
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
 def _other_use(name: str, users: list[fx.Node], program: Program, constants: Constants) -> tuple[Mismatch, bool]:
     """Say what a matrix that no product touches is used for, and whether that counts as multiplying."""
+    users = _met(users, constants)
     kinds = {node.target for node in users}
     numel = constants.weights[name].numel()
     node = users[0] if users else None
@@ -147,10 +192,16 @@ def _other_use(name: str, users: list[fx.Node], program: Program, constants: Con
     if kinds and kinds <= set(_LOOKUPS) and constants.weights[name].ndim < 3:  # of stacks, whole matrices are looked up
         reason = next(_LOOKUPS[kind] for kind in _LOOKUPS if kind in kinds)
         return Mismatch(name, "embedding", numel, reason, label, where), False
-    if kinds and kinds <= _ELEMENTWISE | set(_LOOKUPS):
+    # Of a stack, whole matrices are looked up: somewhere a product follows.
+    taken_out = constants.weights[name].ndim >= 3 and bool(kinds & set(_LOOKUPS))
+    if kinds and not taken_out and kinds <= _JOINED | set(_LOOKUPS):
         return Mismatch(
             name, "table", numel, "added to or joined with activations, not multiplied", label, where
         ), False
+    if kinds and not taken_out and all(kind in _JOINED or kind in _LOOKUPS or _elementwise(kind) for kind in kinds):
+        done = ", ".join(sorted({str(getattr(k, "_opname", k)) for k in kinds}))
+        reason = f"combined with activations value by value ({done}), not multiplied as a matrix"
+        return Mismatch(name, "table", numel, reason, label, where), False
     if not users:
         written = [i for i, kind, n in program.interface.mutations if n == name]
         reason = "written by the model (a cache), not constant" if written else "not used to compute the outputs"

@@ -85,6 +85,9 @@ def _kind(
     owner: dict[fx.Node, Match] = {}
     failed: dict[fx.Node, Failure] = {}
     found: list[tuple[int, Site]] = []
+    refused: dict[
+        fx.Node, tuple[Rule, str]
+    ] = {}  # by rules without anchors, which would have no other place to tell it
     for rule in tried:
         targets = rule.pattern.targets()
         roots = position if targets is None else [n for t in targets for n in by_target.get(t, ())]
@@ -95,12 +98,14 @@ def _kind(
             match = match_at(rule.pattern, root, around.scope, trail)
             if isinstance(match, Match):
                 taken = [n for n in match.nodes if n in owner]
-                site = rule.build(match, around) if not taken else f"'{taken[0].name}' is part of another match"
+                site = rule.made(match, around) if not taken else f"'{taken[0].name}' is part of another match"
                 if not isinstance(site, str):
                     owner.update(dict.fromkeys((*match.nodes, *getattr(site, "nodes", ())), match))
                     found.append((position[root], site))
                     continue
                 _note(failed, match.nodes, rule, (_WHOLE + len(match.nodes), rule, site, root))
+                if not rule.anchors and not taken:
+                    refused[root] = (rule, site)
             elif trail.node is not None:
                 _note(failed, trail.seen, rule, (trail.depth, rule, trail.words, trail.node))
                 for node, (depth, reason) in trail.failures.items():
@@ -112,7 +117,7 @@ def _kind(
     anchored_at = {t: [rule for rule in tried if t in rule.anchors] for t in by_target}
     suspects = [(node, rules_) for t, rules_ in anchored_at.items() if rules_ for node in by_target[t]]
     for node, anchored in sorted(suspects, key=lambda item: position[item[0]]):
-        if node in owner or not any(rule.suspicious(node, around) for rule in anchored):
+        if node in owner or not any(rule.suspects(node, around) for rule in anchored):
             continue
         if node in failed:
             _, rule, why, reached = failed[node]
@@ -126,6 +131,9 @@ def _kind(
             misses.append(
                 miss(anchored[0].kind, node, f"no pattern ({names}) leads here: its result is used otherwise")
             )
+    for node, (rule, reason) in refused.items():
+        if node not in owner:
+            misses.append(miss(rule.kind, node, f"nearest pattern '{rule.name}': {reason}"))
     return misses
 
 

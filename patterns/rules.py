@@ -126,6 +126,45 @@ class Rule:
     order: int = 0
     emit: Emit | None = None
 
+    def __post_init__(self) -> None:
+        for field, fits, wanted in (
+            ("pattern", isinstance(self.pattern, Pattern), "a pattern of recast.patterns.language"),
+            ("build", callable(self.build), "a function of a match and its surroundings"),
+            (
+                "anchors",
+                isinstance(self.anchors, frozenset),
+                "a frozenset of operations, e.g. frozenset({aten.relu.default}),",
+            ),
+            ("suspicious", callable(self.suspicious), "a function of a node and its surroundings"),
+        ):
+            if not fits:
+                raise RecastError(f"rule '{self.name}': {field} is {getattr(self, field)!r}; {wanted} is needed")
+
+    def made(self, match: Match, around: Surroundings) -> Site | str:
+        """What `build` makes of a match; RecastError names the rule if it is another package's and fails."""
+        site = self._asked(lambda: self.build(match, around), "build")
+        if not isinstance(site, Site | str):
+            raise RecastError(
+                f"rule '{self.name}' ({self.build.__module__}): build gives {site!r}; a Site is needed, or a sentence that says "
+                "why there is none"
+            )
+        return site
+
+    def suspects(self, node: fx.Node, around: Surroundings) -> bool:
+        """Whether a value that is no part of a match is worth telling of; errors as in `made`."""
+        return bool(self._asked(lambda: self.suspicious(node, around), "suspicious"))
+
+    def _asked(self, question: Callable[[], Any], what: str) -> Any:
+        try:
+            return question()
+        except Exception as error:
+            where = getattr(self, what).__module__
+            if isinstance(error, RecastError) or where.partition(".")[0] == "recast":
+                raise  # a defect of ours is told as one
+            raise RecastError(
+                f"rule '{self.name}' ({where}): {what} raised {type(error).__name__}: {error}; repair or uninstall that package"
+            ) from error
+
 
 def miss(kind: str, node: fx.Node, reason: str, *, reached: fx.Node | None = None, name: str = "") -> Mismatch:
     """Say that a place is no site of a kind, and why; `reached` is the value where matching ended."""
@@ -148,8 +187,15 @@ def rules() -> tuple[Rule, ...]:
         if module.ispkg:
             found += getattr(importlib.import_module(f"recast.patterns.{module.name}"), "RULES", ())
     for entry in importlib.metadata.entry_points(group=GROUP):
-        offered = entry.load()
-        for rule in [offered] if isinstance(offered, Rule) else offered:
+        try:
+            offered = entry.load()
+        except Exception as error:
+            raise RecastError(
+                f"patterns: the entry point '{entry.name}' ({entry.value}) of another package failed to load: "
+                f"{type(error).__name__}: {error}; repair or uninstall that package"
+            ) from error
+        several = list(offered) if isinstance(offered, Iterable) else [offered]
+        for rule in several:
             if not isinstance(rule, Rule):
                 raise RecastError(
                     f"patterns: entry point '{entry.name}' ({entry.value}) offers {rule!r}; a Rule or several are needed"

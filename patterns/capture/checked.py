@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from recast.patterns.errors import CaptureError
 from recast.patterns.program import Program
 
-__all__ = ["check_result"]
+__all__ = ["check_result", "copied"]
 
 _ANOTHER = (
     0.1  # relative error from which on it is another function, not another rounding or a choice that fell the other way
@@ -51,7 +51,7 @@ def check_result(model: nn.Module, program: Program, args: tuple[Any, ...], kwar
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             try:
-                own_args, own_kwargs = pytree.tree_map(_copied, (args, kwargs))  # caches are written to
+                own_args, own_kwargs = pytree.tree_map(copied, (args, kwargs))  # caches are written to
                 result = run(*own_args, **own_kwargs)
                 results.append([leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)])
             except Exception as error:  # a model that runs in other ways only: there is nothing to compare with
@@ -78,7 +78,8 @@ def check_result(model: nn.Module, program: Program, args: tuple[Any, ...], kwar
     )
 
 
-def _copied(leaf: Any) -> Any:
+def copied(leaf: Any) -> Any:
+    """A tensor's copy, so that nothing writes to the caller's; anything else as it is."""
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from recast.patterns.capture import switches
 from recast.patterns.capture.canonical import canonicalise
-from recast.patterns.capture.checked import check_result
+from recast.patterns.capture.checked import check_result, copied
 from recast.patterns.capture.composites import can_be_expanded, expand_composites
 from recast.patterns.capture.decisions import decisions
 from recast.patterns.capture.switches import Switch
@@ -184,7 +184,25 @@ def _first_that_works(model: nn.Module, examples: list[_Example], check: bool) -
                 later = [*_as_it_runs(examples, patched), _Attempt(examples[-1], (*patched, switches.attention))]
     if isinstance(first, CaptureError):  # traced, but not what it does when it runs: says so itself
         raise first
+    refused = _own_refusal(model, examples[-1])
+    if refused is not None:
+        raise CaptureError(refused) from first
     raise CaptureError(_explain(model, first)) from first
+
+
+def _own_refusal(model: nn.Module, example: _Example) -> str | None:
+    """Why the model itself does not run on the example, if that is what is wrong."""
+    args, kwargs = pytree.tree_map(copied, (example.args, example.kwargs))
+    try:
+        with torch.no_grad(), _silent():
+            model(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001  # whatever a model raises
+        told = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        return (
+            f"capture: {type(model).__name__} does not run on the example inputs: {type(error).__name__}: {told}; pass inputs "
+            "that its forward takes, as tensors of the shapes it expects"
+        )
+    return None
 
 
 def _as_it_runs(examples: list[_Example], ways: tuple[Switch, ...]) -> list[_Attempt]:
@@ -257,12 +275,17 @@ def _silent() -> Iterator[None]:
 
 def _automatic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Leave free what may vary: all but the last (feature) dimension of float inputs, all dimensions of integer ones."""
+    # A mask to be added is as wide as the sequence is long; features are as many as before.
+    lengths = {t.shape[1] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim in (2, 3)}
+    masks = {(length, length) for length in lengths}
 
     def free(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:
             return None
         last = leaf.ndim - 1 if leaf.is_floating_point() and leaf.ndim > 1 else leaf.ndim
         dims = range(1) if leaf.is_floating_point() and leaf.ndim == 4 and leaf.shape[1] != 1 else range(last)
+        if leaf.ndim > 1 and leaf.shape[-1] == leaf.shape[-2] and leaf.shape[-2:] in masks:
+            dims = range(leaf.ndim)
         return dict.fromkeys(dims, torch.export.Dim.AUTO)
 
     tree = pytree.tree_map(free, (args, kwargs))
@@ -417,7 +440,7 @@ def from_exported(
 def _settled(program: Program) -> list[str]:
     """What was left free and the model then settled: the program holds for this size only."""
     return [
-        f"input '{node.name}' keeps size {fixed_size(size)} in dimension {dimension}: the model works for no other"
+        f"input '{node.name}' keeps size {fixed_size(size)} in dimension {dimension}: the model could not be traced for any other"
         for node in program.inputs()
         if isinstance(value := node.meta.get("val"), Tensor)
         for dimension, size in enumerate(value.shape)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from recast.lowering.artifact import lower
 from recast.lowering.base import lowerings
@@ -21,7 +21,7 @@ from recast.patterns.capture.export import capture
 from recast.patterns.errors import FormError, ModelError, RecastError
 from recast.patterns.find import coverage
 from recast.patterns.program import Program
-from recast.patterns.sites import LinearSite, Mismatch, Site
+from recast.patterns.sites import LinearSite, Mismatch, Site, source_line
 
 __all__ = ["explain", "forms_by_target"]
 
@@ -39,7 +39,7 @@ def explain(program: Program, name: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``name``, ``what`` (``site``, ``part``, ``miss``, ``vector``, ``module``), ``text`` in words, and more by kind.
+        ``name``, ``what`` (``site``, ``part``, ``miss``, ``vector``, ``module``, ``value``), ``text`` in words, and more by kind.
 
     Raises
     ------
@@ -72,14 +72,29 @@ def explain(program: Program, name: str) -> dict[str, Any]:
         text = f"a module with {len(inside)} sites and {len(missed)} places that did not match"
         found = [{"name": s, "shape": list(sites[s].shape)} for s in inside]
         return {"name": wanted, "what": "module", "text": text, "sites": found, "misses": [m.to_dict() for m in missed]}
+    value = next((node for node in program.graph.nodes if node.name == wanted and node.op != "output"), None)
+    if value is not None:
+        return _value(value, covered.sites)
     known = [*sites, *weights, *(m.name for m in covered.misses)]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = (
         f"did you mean {' or '.join(repr(c) for c in close)}?"
         if close
-        else f"there are {len(sites)} sites, such as {next(iter(sites), 'none')}"
+        else f"there are {len(sites)} sites, such as {next(iter(sites), 'none')};"
     )
     raise ModelError(f"explain: there is no place '{name}' in {program.label}; {hint} `recast inspect` lists them all")
+
+
+def _value(node: fx.Node, sites: tuple[Site, ...]) -> dict[str, Any]:
+    """Any other value of the graph: what makes it, and what it is part of."""
+    made = "an input" if node.op == "placeholder" else f"made by {getattr(node.target, '_opname', node.target)}"
+    shape = getattr(node.meta.get("val"), "shape", None)
+    text = f"a value of the graph, {made}" + (f", of shape {tuple(map(str, shape))}" if shape is not None else "")
+    parts = [site for site in sites if node in getattr(site, "nodes", ()) or node is getattr(site, "node", None)]
+    uses = [s for s in sites if isinstance(s, LinearSite) and any(node in (u.node, u.product) for u in s.uses)]
+    owners = [f"{site.kind} {site.name}" for site in (*uses, *parts)]
+    text += f"; part of {', '.join(dict.fromkeys(owners))}" if owners else "; part of no site"
+    return {"name": node.name, "what": "value", "text": text, "part_of": owners, "where": source_line(node)}
 
 
 def _site(site: LinearSite) -> dict[str, Any]:
