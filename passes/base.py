@@ -5,7 +5,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
+import functools
 import importlib
+import importlib.metadata
 import pkgutil
 import re
 from collections.abc import Callable, Sequence
@@ -136,6 +138,12 @@ class Pipeline:
             A pass or an option is unknown.
         """
         discover()
+        if not isinstance(text, str):
+            raise PlanError(
+                f"pipeline: text is needed, such as 'raise_sites,apply_forms', {type(text).__name__} was given"
+            )
+        if text.count("{") != text.count("}"):
+            raise PlanError(f"pipeline: a brace is left open in '{text}'; write options like 'cast{{dtype=bf16}}'")
         found = []
         for name, options in re.findall(r"\s*([a-z_0-9]+)\s*(?:\{([^}]*)\})?\s*(?:,|$)", text):
             if name not in Pass.known:
@@ -186,7 +194,20 @@ def _typed(kind: type[Pass], option: str, text: str) -> Any:
 
 
 def discover() -> None:
-    """Import every file in ``passes/rules``; each registers its passes."""
+    """Import every file in ``passes/rules`` and the entry points of the group ``recast.passes``: each registers its passes."""
     package = importlib.import_module("recast.passes.rules")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"recast.passes.rules.{module.name}")
+    for entry in _offered():
+        try:
+            entry.load()
+        except Exception as error:
+            raise PlanError(
+                f"pipeline: the entry point '{entry.name}' ({entry.value}) of another package failed to load: "
+                f"{type(error).__name__}: {error}; repair or uninstall that package"
+            ) from error
+
+
+@functools.cache
+def _offered() -> tuple[importlib.metadata.EntryPoint, ...]:
+    return tuple(importlib.metadata.entry_points(group="recast.passes"))

@@ -121,7 +121,7 @@ def simplify(
     >>> str(program.derived["gate_up.weight"])
     'cat(gate.weight, up.weight)'
     """
-    pipeline = Pipeline.parse(passes) if isinstance(passes, str) else passes
+    pipeline = passes if isinstance(passes, Pipeline) else Pipeline.parse(passes)
     for step in pipeline.passes:
         if step.soundness is not Soundness.EXACT:
             raise PlanError(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import recast
 from recast.explaining import explain
-from recast.patterns.errors import ModelError, RecastError
+from recast.passes.base import Pipeline
+from recast.patterns.errors import ModelError, PlanError, RecastError
 from recast.patterns.language import Any_, Call
 from recast.patterns.program import Program
 from recast.patterns.recognise import recognise
@@ -167,3 +168,15 @@ def test_a_mask_to_be_added_is_as_long_as_the_sequence() -> None:
     assert captured.notes == []
     given = (torch.randn(3, 9, 8), torch.randn(3, 9, 9))
     assert_close(captured(*given), model(*given), terms=9)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("merge_linears{most=4", "a brace is left open in 'merge_linears{most=4'"),
+        (["merge_linears"], "text is needed, such as 'raise_sites,apply_forms', list was given"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_read(text: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(message)):
+        Pipeline.parse(text)

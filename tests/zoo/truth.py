@@ -287,7 +287,8 @@ class _Watch(TorchDispatchMode):
                 return Routed(path, min(p.shape[0] for p in own.values()), tuple(own))
             if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1:
                 inner = tuple(f"{path}.{n}" for n, p in module.named_parameters() if p.ndim >= 2)
-                return Routed(path, len(module), inner)
+                # An activation may stand beside the experts.
+                return Routed(path, len({name[len(path) + 1 :].partition(".")[0] for name in inner}), inner)
         return None
 
 
