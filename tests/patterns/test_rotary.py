@@ -226,7 +226,7 @@ def woven(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (other_value, "not the same as 'x'"),
+        (other_value, "are two values where one is needed"),
         (swapped, "does not show the second features"),
         (woven, "taken as interleaved pairs and joined as half ones"),
     ],
