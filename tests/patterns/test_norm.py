@@ -13,6 +13,7 @@ from recast.passes.report import fidelity
 from recast.passes.rules.raise_structures import raise_program
 from recast.passes.verify import coarsest_dtype, exact_bound
 from recast.patterns.capture.export import capture
+from recast.patterns.find import coverage
 from recast.patterns.norm import RULES
 from recast.patterns.recognise import Recognition, recognise
 from recast.patterns.sites import NormSite
@@ -483,6 +484,13 @@ def test_images(module: nn.Module, flavour: str, facts: dict[str, Any]) -> None:
     assert {name: getattr(site, name) for name in facts} == facts
     x = torch.randn(3, 6, 5, 5)
     assert fidelity(model(x), raise_program(program, ("norm",))(x))["relative_error"] <= exact_bound(torch.float32)
+
+
+def test_weight_in_the_shape_of_a_matrix() -> None:
+    """The weight and bias of a norm over two dimensions belong to the norm: no matrices that were missed."""
+    model = nn.Sequential(nn.Linear(D, D), nn.LayerNorm((5, D)))
+    covered = coverage(capture(model.eval(), (torch.randn(2, 5, D),)))
+    assert (covered.misses, covered.parameters_matched, covered.parameters_total) == ((), D * D, D * D)
 
 
 def test_frozen_batch_norm() -> None:
