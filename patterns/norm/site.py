@@ -58,6 +58,8 @@ def written(match: Match, around: Surroundings, *, flavour: str, pattern: str) -
     shape = _val(root).shape
     for role in ("weight", "bias"):
         constant = match.get(role)
+        if role == "weight" and match.get("weighted") is not None and _val(constant).numel() == 1:
+            continue  # nothing in the graph is the norm without this number
         if constant is not None and not _fits(_val(constant), shape):
             return (
                 f"the {role} has shape {tuple(_val(constant).shape)}, what it meets has {tuple(shape)}: "

@@ -158,6 +158,10 @@ def weighted_divisor(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return (w / root_mean_square(x)) * x
 
 
+def left_number(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w[0] * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+
+
 def bounded(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(min=0.25)) * w
 
@@ -267,6 +271,7 @@ SPELLINGS = [
     Expected(left_inverted, RMS, W | {"weights": ("weight", "bias")}),
     Expected(left_by_norm, RMS, W | {"eps_at": "outside"}),
     Expected(left_unit, L2, W | {"eps_at": "outside"}),
+    Expected(left_number, RMS, W),
     Expected(weighted_factor, RMS, W),
     Expected(weighted_divisor, RMS, W),
     Expected(bounded, RMS, W | {"eps": 0.5, "eps_at": "floor"}),
@@ -351,8 +356,8 @@ def unbiased_deviation(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return w * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + EPS) + b
 
 
-def left_number(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return w[:1] * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+def left_of_each_token(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w.expand(5, D) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
 
 
 def other_value(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -378,7 +383,7 @@ def wrong_count(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         (unbiased, "unbiased"),
         (unbiased_at_once, "the variance 'getitem' is the unbiased one"),
         (unbiased_deviation, "the deviation 'std' is the unbiased one"),
-        (left_number, "the weight has shape (1,), what it meets has"),
+        (left_of_each_token, f"the weight has shape (5, {D})"),
         (other_value, "'sin' (sin) and 'x' (placeholder) are two values where one is needed"),
         (cubed, "3 where 2 is needed"),
         (computed_eps, "is computed, a literal is needed"),
