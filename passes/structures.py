@@ -129,7 +129,11 @@ def affine_of(node: fx.Node, edit: Edit) -> Affine | None:
         return Affine(node, kind, given["input"], given["weight"], given.get("bias"), given["eps"])
     if node.target in _NORMS:
         x, weight, bias = _operands(node)
-        if any(v is not None and _vector(v) is None for v in (weight, bias)) or node.kwargs.get("axes", 1) != 1:
+        size = fixed_size(node.meta["val"].shape[-1])
+        if (
+            any(v is not None and (size is None or _vector(v) != size) for v in (weight, bias))
+            or node.kwargs.get("axes", 1) != 1
+        ):
             return None
         return Affine(node, "raised", x, weight, bias, offset=float(node.kwargs.get("offset", 0.0)))  # type: ignore[arg-type]
     if node.target not in (aten.mul.Tensor, aten.add.Tensor) or node.kwargs or len(node.args) != 2:

@@ -128,9 +128,10 @@ def coverage(program: Program) -> Coverage:
     counted = {m.name for m in misses if m.parameters}
     total = sum(weights[name].numel() for name in matched | counted if is_matrix(weights[name]) or name in matched)
     users = _users(program, constants)
-    tables = {name for site in recognition.sites if site.kind == "embedding" for name in site.weights}
+    # The weight of a norm over several dimensions, or over each head, has the shape of a matrix and multiplies nothing.
+    elementwise = {name for site in recognition.sites if site.kind in ("embedding", "norm") for name in site.weights}
     for name, weight in weights.items():
-        if name in matched or name in counted or name in tables or not is_matrix(weight):
+        if name in matched or name in counted or name in elementwise or not is_matrix(weight):
             continue
         miss, multiplied = _other_use(name, users.get(name, []), program, constants)
         misses.append(miss)

@@ -116,7 +116,7 @@ class State(NamedTuple):  # made at every step, and a tuple is made faster than 
             return self
         if name in self.bound:
             known = self.bound[name]
-            return self if known is value or (not isinstance(value, fx.Node) and known == value) else None
+            return self if known is value or _alike(known, value) else None
         return State({**self.bound, name: value}, self.nodes)
 
     def take(self, node: fx.Node) -> State:
@@ -202,11 +202,11 @@ class Any_(Pattern):  # `Any` is typing's
     def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
         """Bind it."""
         if self.where is not None and not self.where(value, scope):
-            trail.fail(state, value, lambda: f"{_called(value)} is not what '{self.name}' has to be")
+            trail.fail(state, value, lambda: f"{_called(value)} is not of the kind that is needed here")
             return
         bound = state.bind(self.name, value)
         if bound is None:
-            trail.fail(state, value, lambda: f"{_called(value)} is not the same as '{self.name}' elsewhere")
+            trail.fail(state, value, lambda: _differ(value, state.bound.get(str(self.name))))
             return
         yield bound
 
@@ -237,7 +237,7 @@ class Literal(Pattern):
             trail.fail(state, value, lambda: f"{number} where {self.value} is needed")
             return
         if self.where is not None and not self.where(number):
-            trail.fail(state, value, lambda: f"{number} is not what '{self.name}' has to be")
+            trail.fail(state, value, lambda: f"{number} is not a number that fits here")
             return
         bound = state.bind(self.name, number)
         if bound is not None:
@@ -327,7 +327,7 @@ class Call(Pattern):
             return
         bound = state.take(value).bind(self.name, value)
         if bound is None:
-            trail.fail(state, value, lambda: f"{_called(value)} is not the same as '{self.name}' elsewhere")
+            trail.fail(state, value, lambda: _differ(value, state.bound.get(str(self.name))))
             return
         given = scope.arguments(value)
         if len(given) < len(self.operands):
@@ -472,6 +472,28 @@ def _close(found: Any, wanted: Any) -> bool:
     if isinstance(found, int | float) and isinstance(wanted, int | float):
         return abs(found - wanted) <= 1e-6 * max(1.0, abs(wanted))
     return bool(found == wanted)
+
+
+_READS: frozenset[Any] = VIEWS | CASTS | COPIES | {aten.slice.Tensor, aten.select.int}
+
+
+def _alike(one: Any, other: Any, depth: int = 4) -> bool:
+    """Whether two operands are equal for certain: equal literals, or one value read twice in the same words (``x[..., :8]``)."""
+    if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
+        return not isinstance(one, fx.Node) and not isinstance(other, fx.Node) and bool(one == other)
+    if one is other:
+        return True
+    if not depth or one.target is not other.target or one.op != "call_function" or not among(one, _READS):
+        return False
+    if len(one.args) != len(other.args) or one.kwargs != other.kwargs:
+        return False
+    source, *how = one.args
+    return how == list(other.args[1:]) and _alike(source, other.args[0], depth - 1)
+
+
+def _differ(value: Any, known: Any) -> str:
+    """What to say where one value is needed in two places."""
+    return f"{_called(value)} and {_called(known)} are two values where one is needed"
 
 
 def _called(value: Any) -> str:

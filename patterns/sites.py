@@ -326,7 +326,7 @@ class NormSite(_Structure):
     offset
         Added to the weight: 1 for models that store ``weight - 1``.
     eps
-        As the model gives it.
+        As the model gives it; where it holds the square from below, its root.
     features
         Elements normalised together.
     weight_first

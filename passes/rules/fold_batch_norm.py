@@ -12,6 +12,7 @@ from torch import fx
 from recast.passes.exact import Edit, ExactPass, call
 from recast.passes.structures import arguments
 from recast.patterns.derivation import Derivation
+from recast.patterns.norm.dialect import batch_norm
 
 __all__ = ["FoldBatchNorm"]
 
@@ -50,6 +51,9 @@ def _batch_norm(node: fx.Node) -> dict[str, Any] | None:
         return arguments(node) | {"training": False}
     if getattr(node.target, "_opname", "") == "_native_batch_norm_legit":
         return {"running_mean": None, **arguments(node)}
+    if node.target is batch_norm:
+        names = ("input", "running_mean", "running_var", "weight", "bias")
+        return dict(zip(names, node.args, strict=True)) | {"training": False, "eps": node.kwargs["eps"]}
     return None
 
 
@@ -113,7 +117,7 @@ def _fold(edit: Edit, node: fx.Node, given: dict[str, Any], touched: set[str]) -
         b = edit.weight(free[0] if free else f"{names[0].removesuffix('.weight')}.bias", moved, like, free)
         new = call(edit.graph, x.target, x.args[0], w, b, *x.args[3:], like=x, **_without(x.kwargs, "weight", "bias"))
     result = node
-    if node.target is not aten.batch_norm.default:
+    if node.target not in (aten.batch_norm.default, batch_norm):
         firsts = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
         if not firsts:
             return ""

@@ -18,6 +18,7 @@ def layer_norm(
     bias: Tensor | None = None,
     *,
     eps: float,
+    eps_at: str = "inside",
     axes: int = 1,
     offset: float = 0.0,
     compute: torch.dtype | None = None,
@@ -33,7 +34,7 @@ def layer_norm(
     weight, bias
         Of the shape of what is normalised, or anything that broadcasts to `x`.
     eps
-        Added to the variance.
+        Added to the variance (``inside``) or to its root (``outside``), or the least that the root may be (``floor``).
     axes
         Number of trailing dimensions.
     offset
@@ -43,6 +44,11 @@ def layer_norm(
     """
     shape = x.shape[x.ndim - axes :]
     h = x if compute is None else x.to(compute)
+    if eps_at != "inside":
+        dims = tuple(range(-axes, 0))
+        h = h - h.mean(dims, keepdim=True)
+        h = h * _inverse((h * h).mean(dims, keepdim=True), eps, eps_at)
+        return _affine(h if between is None else h.to(between), weight, bias, offset, dtype)
     if between is None and all(c is None or (c.shape == shape and c.dtype == h.dtype) for c in (weight, bias)):
         h = F.layer_norm(h, shape, weight if weight is None or not offset else offset + weight, bias, eps)
         return h if dtype is None else h.to(dtype)

@@ -22,10 +22,10 @@ Emitted = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 def emit(site: NormSite) -> Emitted:
     """A written-out norm."""
     options: dict[str, Any] = {"eps": site.eps}
+    options |= {"eps_at": site.eps_at} if site.eps_at != "inside" else {}
     if site.flavour == "layer":
         options |= {"axes": site.axes} if site.axes != 1 else {}
     else:
-        options |= {"eps_at": site.eps_at} if site.eps_at != "inside" else {}
         options |= {"groups": site.groups} if site.groups != 1 else {}
         options |= {"product": site.product} if site.product is not None else {}
     between = site.between if site.flavour != "layer" else site.between or site.product

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from recast.patterns.language import Any_, Call, Either, Literal, Match, Pattern
@@ -28,7 +30,23 @@ __all__ = ["RULES"]
 aten = torch.ops.aten
 
 _X = cast(Any_("x", where=computed))
-_CENTRED = cast(Call.of(SUB, _X, spread(mean(_X, "centre"))))
+
+
+def _both(name: str, index: int, correction: str | None = None) -> Pattern:
+    """One result of the operation that gives variance and mean at once."""
+    dims, unbiased = Literal(f"{name}_dims"), Literal(correction)
+    both = Either.of(
+        Call.of(aten.var_mean.correction, _X, dims, correction=unbiased),
+        Call.of(aten.var_mean.dim, _X, dims, unbiased),
+    )
+    return Call.of(operator.getitem, both, Literal(value=index), name=name)
+
+
+_CENTRED = cast(Call.of(SUB, _X, spread(Either.of(mean(_X, "centre"), _both("centre", 1)))))
+_DEVIATION = Either.of(
+    Call.of(aten.std.correction, _X, Literal("variance_dims"), name="variance", correction=Literal("correction")),
+    Call.of(aten.std.dim, _X, Literal("variance_dims"), Literal("correction"), name="variance"),
+)
 
 
 def _variance() -> Pattern:
@@ -37,6 +55,7 @@ def _variance() -> Pattern:
     direct = Either.of(
         Call.of(aten.var.correction, _X, Literal("variance_dims"), name="variance", correction=Literal("correction")),
         Call.of(aten.var.dim, _X, Literal("variance_dims"), Literal("correction"), name="variance"),
+        _both("variance", 0, "correction"),
     )
     return Either.of(mean_square(_CENTRED), direct, moment)
 
@@ -49,7 +68,7 @@ RULES = (
     Rule(
         "layer_norm",
         "norm",
-        affine(normalised(_CENTRED, _variance())),
+        affine(normalised(_CENTRED, _variance(), _DEVIATION)),
         _build,
         anchors=ANCHORS,
         suspicious=suspicious,

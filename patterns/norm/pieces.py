@@ -2,11 +2,13 @@
 
 The names they bind: ``x`` (what is normalised), ``square``, ``sum`` or ``mean`` with ``..._dims`` (and ``..._count`` or
 ``..._share`` where the mean is a sum that is divided or multiplied), ``eps`` and one of ``inside``, ``bounded``, ``outside``,
-``floor``, ``normal`` (x times the inverse root), ``weight``, ``bias``, ``scaled``, ``biased``.
+``floor``, ``normal`` (x times the inverse root), ``weight``, ``bias``, ``scaled``, ``biased``, and ``weighted`` where the weight
+meets x or the inverse root before these two meet.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -51,7 +53,8 @@ _BETWEEN = _BROADCAST | frozenset(
     {*MUL, *DIV, *ADD, aten.reciprocal.default, aten.clamp_min.default, aten.clamp.default, aten.maximum.default}
 )
 _LAST = frozenset({*MUL, *DIV, *ADD})
-_SUMS = frozenset({aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var.dim, *NORMS})
+_VAR_MEAN = (aten.var_mean.correction, aten.var_mean.dim)
+_SUMS = frozenset({aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var.dim, *_VAR_MEAN, *NORMS})
 
 
 def cast(inner: Pattern) -> Pattern:
@@ -97,7 +100,7 @@ def _padded(of: Pattern) -> Pattern:
     eps = Literal("eps", where=_is_number)
     return Either.of(
         Call.of(ADD, spread(of), eps, commutes=True, name="inside"),
-        Call.of([aten.clamp_min.default, aten.clamp.default], spread(of), eps, name="bounded"),
+        Call.of([aten.clamp_min.default, aten.clamp.default], spread(of), eps, name="bounded", where=_only_from_below),
         of,
     )
 
@@ -111,10 +114,11 @@ def roots(of: Pattern, root_itself: Pattern | None = None) -> tuple[Pattern, Pat
         *([] if root_itself is None else [root_itself]),
     )
     eps = Literal("eps", where=_is_number)
+    least = [aten.clamp_min.default, aten.clamp.default, aten.maximum.default]
     divisor = Either.of(
         plain,
         Call.of(ADD, spread(plain), eps, commutes=True, name="outside"),
-        Call.of([aten.clamp_min.default, aten.clamp.default, aten.maximum.default], spread(plain), eps, name="floor"),
+        Call.of(least, spread(plain), eps, name="floor", where=_only_from_below),
     )
     inverse = Call.of(aten.reciprocal.default, spread(divisor))
     factor = Either.of(
@@ -127,17 +131,25 @@ def roots(of: Pattern, root_itself: Pattern | None = None) -> tuple[Pattern, Pat
 
 
 def normalised(x: Pattern, of: Pattern, root_itself: Pattern | None = None) -> Pattern:
-    """``x * factor`` or ``x / divisor``; the node is ``normal``."""
-    factor, divisor = roots(of, root_itself)
+    """``x * factor`` or ``x / divisor``, where the weight may stand at either; the node is ``normal``."""
+    factor, divisor = (spread(root) for root in roots(of, root_itself))
+    weight = Weight("weight")
+    weighted = cast(Call.of(MUL, weight, x, commutes=True, name="weighted", where=has_constant))
+    scale = Either.of(
+        Call.of(MUL, weight, factor, commutes=True, name="weighted", where=has_constant),
+        Call.of(DIV, weight, divisor, name="weighted", where=has_constant),
+    )
     return Either.of(
-        Call.of(MUL, spread(factor), x, commutes=True, name="normal", where=_has_root),
-        Call.of(DIV, x, spread(divisor), name="normal", where=_has_root),
+        Call.of(MUL, factor, x, commutes=True, name="normal", where=_has_root),
+        Call.of(DIV, x, divisor, name="normal", where=_has_root),
+        Call.of(MUL, factor, weighted, commutes=True, name="normal", where=_has_root),
+        Call.of(DIV, weighted, divisor, name="normal", where=_has_root),
+        Call.of(MUL, cast(scale), x, commutes=True, name="normal", where=_has_root),
     )
 
 
-ANCHORS = frozenset(
-    {aten.rsqrt.default, aten.sqrt.default, *POW, *NORMS, aten.var.correction, aten.var.dim, aten.std.correction}
-)
+_SPREADS = frozenset({aten.var.correction, aten.var.dim, *_VAR_MEAN, aten.std.correction, aten.std.dim})
+ANCHORS = frozenset({aten.rsqrt.default, aten.sqrt.default, *POW, *NORMS, *_SPREADS})
 
 
 def suspicious(node: fx.Node, around: Surroundings) -> bool:
@@ -152,7 +164,7 @@ def suspicious(node: fx.Node, around: Surroundings) -> bool:
             return False
         if inner.target in _SUMS:
             return True
-        if inner.target not in _BETWEEN:
+        if inner.target not in _BETWEEN and inner.target is not operator.getitem:
             return False
         inner = inner.all_input_nodes[0] if inner.all_input_nodes else None
     return False
@@ -183,16 +195,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _only_from_below(node: fx.Node, scope: Scope) -> bool:
+    """Whether a bound is the least that a value may be, and not the most too."""
+    return node.target is not aten.clamp.default or scope.named(node)["max"] is None
+
+
 def _has_root(node: fx.Node, scope: Scope) -> bool:
     """Whether an operand comes from a root: most products do not, and need no closer look."""
-    return any(_leads_to_root(a) for a in node.args[:2] if isinstance(a, fx.Node))
+    return any(_leads_to_root(a, scope) for a in node.args[:2] if isinstance(a, fx.Node))
 
 
-def _leads_to_root(node: fx.Node) -> bool:
+def _leads_to_root(node: fx.Node, scope: Scope) -> bool:
     for _ in range(8):
         if node.op != "call_function" or among(node, _ROOTS):
             return node.op == "call_function"
-        operands = node.all_input_nodes if among(node, _BETWEEN) else ()
+        operands = [n for n in node.all_input_nodes if n not in scope.constants] if among(node, _BETWEEN) else ()
         if not operands:
             return False
         node = operands[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ def written(match: Match, around: Surroundings, *, flavour: str, pattern: str) -
     shape = _val(root).shape
     for role in ("weight", "bias"):
         constant = match.get(role)
+        if role == "weight" and match.get("weighted") is not None and _val(constant).numel() == 1:
+            continue  # nothing in the graph is the norm without this number
         if constant is not None and not _fits(_val(constant), shape):
             return (
                 f"the {role} has shape {tuple(_val(constant).shape)}, what it meets has {tuple(shape)}: "
@@ -78,11 +81,7 @@ def written(match: Match, around: Surroundings, *, flavour: str, pattern: str) -
         bias=match.get("bias"),
         offset=offset,
         eps=_epsilon(match, value),
-        eps_at="outside"
-        if match.get("outside") is not None
-        else "floor"
-        if match.get("floor") is not None
-        else "inside",
+        eps_at=_epsilon_at(match),
         features=features,
         groups=groups,
         weight_first=first,
@@ -100,7 +99,15 @@ def _epsilon(match: Match, value: Tensor) -> float:
     if "given" in match.bound:  # one operation of torch, which has a choice of its own where nothing is given
         given = match["given"]
         return float(torch.finfo(value.dtype).eps) if given is None else float(given)
-    return float(match.get("eps", 0.0))
+    eps = float(match.get("eps", 0.0))
+    # The root of a square that is at least eps is a root that is at least the root of eps.
+    return math.sqrt(eps) if match.get("bounded") is not None else eps
+
+
+def _epsilon_at(match: Match) -> str:
+    if match.get("outside") is not None:
+        return "outside"
+    return "floor" if match.get("floor") is not None or match.get("bounded") is not None else "inside"
 
 
 def same_size(a: Any, b: Any) -> bool:
@@ -133,7 +140,8 @@ def _statistic(match: Match, value: Any, features: int) -> str:
         if share is not None and abs(share * share * features - 1) > 1e-6:
             return f"the norm '{match['norm'].name}' is not divided by the root of its {features} terms"
     if "correction" in match.bound and match["correction"] not in (0, False):
-        return "the variance is the unbiased one (divided by n - 1)"
+        spread = "variance" if str(match["variance"].target).find("std") < 0 else "deviation"
+        return f"the {spread} '{match['variance'].name}' is the unbiased one (divided by n - 1)"
     if not _aligned(match, value.ndim):
         return "the sum dropped its dimension: it meets other values than those it is of"
     shape = _val(match["normal"]).shape
@@ -152,6 +160,8 @@ def _aligned(match: Match, ndim: int) -> bool:
         elif node.target is aten.expand.default:
             if any(isinstance(held, Tensor) and held.ndim != ndim for held in operands):
                 return False
+        elif node is match.get("weighted"):  # the weight has fewer dimensions; whether it fits is asked for itself
+            continue
         elif node.target in _MEETING and len({v.ndim for v in operands if isinstance(v, Tensor) and v.ndim}) > 1:
             return False  # between a sum and its unsqueeze all values lack the dimension; only a mixture is wrong
     return bool(_val(match["normal"]).ndim == ndim)

@@ -1,5 +1,7 @@
 """What rotary position embeddings look like."""
 
-from recast.patterns.rotary.rotate import RULES
+from recast.patterns.rotary import rotate, unjoined
 
 __all__ = ["RULES"]
+
+RULES = (*rotate.RULES, *unjoined.RULES)

@@ -105,7 +105,8 @@ CASES = {
     "norm_over_tokens": Case(lambda m, x: m.weight * rms(x, 1), missed="a norm takes the last"),
     "norm_unbiased": Case(unbiased, missed="unbiased"),
     "norm_of_another_value": Case(
-        lambda m, x: m.weight * (x.sin() * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), missed="not the same"
+        lambda m, x: m.weight * (x.sin() * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
+        missed="are two values where one is needed",
     ),
     "rotary": Case(lambda m, x: rotated(x, lambda a, b: (-b, a)), ("rotary",), raised=True),
     "rotary_halves_swapped": Case(

@@ -13,6 +13,7 @@ from recast.passes.report import fidelity
 from recast.passes.rules.raise_structures import raise_program
 from recast.passes.verify import coarsest_dtype, exact_bound
 from recast.patterns.capture.export import capture
+from recast.patterns.find import coverage
 from recast.patterns.norm import RULES
 from recast.patterns.recognise import Recognition, recognise
 from recast.patterns.sites import NormSite
@@ -121,6 +122,72 @@ def bare_operation(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.rms_norm(x, (D,)) * w
 
 
+def root_mean_square(x: Tensor) -> Tensor:
+    return torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+
+
+def left_outside(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + EPS)
+
+
+def left_summed(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w * x * torch.rsqrt((x * x).sum(-1, keepdim=True) / D + EPS)
+
+
+def left_power(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w * x * (x.pow(2).mean(-1, keepdim=True) + EPS) ** -0.5
+
+
+def left_inverted(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w * x * (1 / root_mean_square(x)) + b
+
+
+def left_by_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w * x / (x.norm(dim=-1, keepdim=True) * D**-0.5 + EPS)
+
+
+def left_unit(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w * x / (x.norm(dim=-1, keepdim=True) + EPS)
+
+
+def weighted_factor(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x * (w * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS))
+
+
+def weighted_divisor(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return (w / root_mean_square(x)) * x
+
+
+def left_number(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w[0] * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+
+
+def bounded(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(min=0.25)) * w
+
+
+def layer_left(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w * (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, correction=0) + EPS) + b
+
+
+def layer_at_once(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + EPS) * w + b
+
+
+def layer_at_once_biased(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, -1, unbiased=False, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + EPS) * w + b
+
+
+def layer_deviation(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True, correction=0) + 0.25) + b
+
+
+def layer_outside(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0).sqrt() + 0.25) * w + b
+
+
 def layer(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     mean = x.mean(-1, keepdim=True)
     variance = (x - mean).pow(2).mean(-1, keepdim=True)
@@ -198,7 +265,22 @@ SPELLINGS = [
     Expected(per_head, RMS, W | {"features": D // HEADS}),
     Expected(operation, RMS, W),
     Expected(bare_operation, RMS, {"weights": ("weight",)}),
+    Expected(left_outside, RMS, W | {"eps_at": "outside"}),
+    Expected(left_summed, RMS, W),
+    Expected(left_power, RMS, W),
+    Expected(left_inverted, RMS, W | {"weights": ("weight", "bias")}),
+    Expected(left_by_norm, RMS, W | {"eps_at": "outside"}),
+    Expected(left_unit, L2, W | {"eps_at": "outside"}),
+    Expected(left_number, RMS, W),
+    Expected(weighted_factor, RMS, W),
+    Expected(weighted_divisor, RMS, W),
+    Expected(bounded, RMS, W | {"eps": 0.5, "eps_at": "floor"}),
     Expected(layer, LAYER, W | {"weights": ("weight", "bias")}),
+    Expected(layer_left, LAYER, W | {"weights": ("weight", "bias")}),
+    Expected(layer_at_once, LAYER, W | {"weights": ("weight", "bias")}),
+    Expected(layer_at_once_biased, LAYER, W | {"weights": ("weight", "bias")}),
+    Expected(layer_deviation, LAYER, W | {"weights": ("weight", "bias"), "eps": 0.25, "eps_at": "outside"}),
+    Expected(layer_outside, LAYER, W | {"weights": ("weight", "bias"), "eps": 0.25, "eps_at": "outside"}),
     Expected(layer_wide, LAYER, W),
     Expected(layer_variance, LAYER, W | {"weights": ("weight", "bias")}),
     Expected(layer_moments, LAYER, W | {"weights": ()}),
@@ -265,6 +347,19 @@ def unbiased(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True) + EPS) * w + b
 
 
+def unbiased_at_once(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, -1, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + EPS) * w + b
+
+
+def unbiased_deviation(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + EPS) + b
+
+
+def left_of_each_token(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return w.expand(5, D) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+
+
 def other_value(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return torch.sin(x) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w
 
@@ -286,7 +381,10 @@ def wrong_count(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     [
         (wrong_dimension, "over dimension 1 of 3; a norm takes the last"),
         (unbiased, "unbiased"),
-        (other_value, "not the same as 'x'"),
+        (unbiased_at_once, "the variance 'getitem' is the unbiased one"),
+        (unbiased_deviation, "the deviation 'std' is the unbiased one"),
+        (left_of_each_token, f"the weight has shape (5, {D})"),
+        (other_value, "'sin' (sin) and 'x' (placeholder) are two values where one is needed"),
         (cubed, "3 where 2 is needed"),
         (computed_eps, "is computed, a literal is needed"),
         (wrong_count, f"not divided by its {D} terms"),
@@ -391,6 +489,13 @@ def test_images(module: nn.Module, flavour: str, facts: dict[str, Any]) -> None:
     assert {name: getattr(site, name) for name in facts} == facts
     x = torch.randn(3, 6, 5, 5)
     assert fidelity(model(x), raise_program(program, ("norm",))(x))["relative_error"] <= exact_bound(torch.float32)
+
+
+def test_weight_in_the_shape_of_a_matrix() -> None:
+    """The weight and bias of a norm over two dimensions belong to the norm: no matrices that were missed."""
+    model = nn.Sequential(nn.Linear(D, D), nn.LayerNorm((5, D)))
+    covered = coverage(capture(model.eval(), (torch.randn(2, 5, D),)))
+    assert (covered.misses, covered.parameters_matched, covered.parameters_total) == ((), D * D, D * D)
 
 
 def test_frozen_batch_norm() -> None:

@@ -115,6 +115,12 @@ def partial(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((half(turned, cos[..., : D // 4], sin[..., : D // 4]), rest), dim=-1)
 
 
+def partial_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same slice taken twice."""
+    cos, sin = twice(cos[..., : D // 4]), twice(sin[..., : D // 4])
+    return torch.cat((x[..., : D // 2] * cos + rotate_half(x[..., : D // 2]) * sin, x[..., D // 2 :]), dim=-1)
+
+
 def partial_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rest, turned = torch.split(x, [2, D - 2], dim=-1)
     return torch.cat((rest, interleaved(turned, cos[..., 1:], sin[..., 1:])), dim=-1)
@@ -160,6 +166,7 @@ SPELLINGS = [
     Expected(unwoven, "unwoven"),
     Expected(other_way, facts={"inverse": True}),
     Expected(partial, facts={"rotated": D // 2, "start": 0}),
+    Expected(partial_in_place, facts={"rotated": D // 2, "start": 0}),
     Expected(partial_last, "interleaved", {"rotated": D - 2, "start": 2}),
     Expected(sections),
     Expected(complex_numbers, "interleaved"),
@@ -223,10 +230,38 @@ def woven(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * twice(cos) + torch.cat((-b, a), -1) * twice(sin)
 
 
+def written_into(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b, cos, sin = x[..., : D // 2 : 2], x[..., 1 : D // 2 : 2], cos[..., : D // 4], sin[..., : D // 4]
+    result = x.clone()
+    result[..., : D // 2 : 2] = a * cos - b * sin
+    result[..., 1 : D // 2 : 2] = b * cos + a * sin
+    return result
+
+
+def three_parts(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b, cos, sin = x[..., : D // 4], x[..., D // 4 : D // 2], cos[..., : D // 4], sin[..., : D // 4]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., D // 2 :]), -1)
+
+
+def parts_of_the_whole(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = twice(cos[..., : D // 4]), twice(sin[..., : D // 4])
+    turned = torch.cat((-x[..., D // 4 : D // 2], x[..., : D // 4]), -1)
+    return torch.cat((x[..., : D // 2] * cos + turned * sin, x[..., D // 2 :]), -1)
+
+
+def one_alone(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return (a * cos - b * sin).exp()
+
+
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (other_value, "not the same as 'x'"),
+        (written_into, "is written into another value by 'copy'"),
+        (three_parts, "is joined with 2 others in 'cat'"),
+        (parts_of_the_whole, "not the two halves of a value"),
+        (one_alone, "is read by 'exp', which does not join it"),
+        (other_value, "are two values where one is needed"),
         (swapped, "does not show the second features"),
         (woven, "taken as interleaved pairs and joined as half ones"),
     ],

@@ -32,6 +32,23 @@ def test_convolution(name: str, accept: bool) -> None:
         golden("fold_batch_norm_conv", before, after, accept)
 
 
+def test_after_raising() -> None:
+    """A batch norm of the dialect is folded as one of torch is."""
+    model = nn.Sequential(nn.Conv1d(8, 8, 3), nn.BatchNorm1d(8))
+    given = [(torch.randn(n, 8, 6, dtype=torch.float64),) for n in (2, 1, 3)]
+    _, after = simplified(randomise(model), given, "raise_structures,fold_batch_norm")
+    assert done(after) == ["1 norm", "1 -> 0"]
+    assert set(after.weights) == {"0.weight", "0.bias"}
+
+
+def test_refused_after_raising() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(8))
+    given = [(torch.randn(n, 8, 6, dtype=torch.float64),) for n in (2, 1, 3)]
+    _, after = simplified(randomise(model), given, "raise_structures,fold_batch_norm")
+    assert done(after) == ["1 norm"]
+    assert "its operand 'relu' is no convolution or linear" in reasons(after)
+
+
 def test_linear() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3))
     given = [(torch.randn(n, 5, dtype=torch.float64),) for n in (4, 1, 3)]

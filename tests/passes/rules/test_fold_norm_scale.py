@@ -38,6 +38,17 @@ class WrittenOut(nn.Module):
         return y * (1.0 + self.weight) if self.offset else self.weight * y
 
 
+class ByOneNumber(nn.Module):
+    """One number for all features, left of x, so that no value is the norm without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
 NORMS = {
     "layer_norm": nn.LayerNorm(6),
     "layer_norm_without_bias": nn.LayerNorm(6, bias=False),
@@ -171,3 +182,10 @@ def test_raised_norms(name: str) -> None:
     _, after = simplified(randomise(Block(NORMS[name])), inputs(), "raise_structures{kinds=norm},fold_norm_scale")
     assert len([text for text in done(after) if " -> gate, up" in text]) == 1
     assert "norm.weight" not in after.weights
+
+
+def test_one_number_is_no_vector() -> None:
+    """A raised norm whose weight is one number keeps it: its linears' columns are as many as the features."""
+    _, after = simplified(randomise(Block(ByOneNumber())), inputs(), "raise_structures,fold_norm_scale")
+    assert "norm.weight" in after.weights
+    assert any(getattr(node.target, "__name__", "") == "rms_norm" for node in after.graph.nodes)
