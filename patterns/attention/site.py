@@ -30,8 +30,11 @@ _LAID_OUT = VIEWS | COPIES
 
 def build(match: Match, around: Surroundings) -> AttentionSite | str:
     """Make the site, or say why it is no attention."""
-    query, key, value = (match[n] for n in ("query", "key", "value"))
     product = match["product"]
+    steps = read_steps(match, around.scope) if product.target not in SDPA else _of_operation(product, around)
+    left, right, value = (match[n] for n in ("query", "key", "value"))
+    swapped = product.target not in SDPA and _keys_left(match, steps)
+    query, key = (right, left) if swapped else (left, right)
     if not all(isinstance(n, fx.Node) and isinstance(n.meta.get("val"), Tensor) for n in (query, key, value)):
         return "queries, keys and values are needed as tensors"
     if around.products(product):
@@ -44,18 +47,19 @@ def build(match: Match, around: Surroundings) -> AttentionSite | str:
         notes.append("o: no linear takes the result")
     if taker is None and not any(pieces):
         return "no linear makes its queries, keys or values, and none takes its result"
-    steps = read_steps(match, around.scope) if product.target not in SDPA else _of_operation(product, around)
-    head_dim, value_dim = (size_hint(n.meta["val"].shape[-1]) for n in (query, value))
+    head_dim, value_dim = (size_hint(n.meta["val"].shape[-1]) for n in (left, value))
     if product.target not in SDPA and product.target is not aten.einsum.default and product.args[1] is not value:
         value_dim = size_hint(value.meta["val"].shape[-2])  # the values stand on the left, transposed
-    if product.target not in SDPA and (swapped := _depth_of_keys(match)) is not None:
-        head_dim = swapped
+    if product.target not in SDPA and (summed := _depth_of_keys(match)) is not None:
+        head_dim = summed
     heads = _heads(query, head_dim, pieces[0])
     kv_heads = _kv_heads(pieces[1], head_dim, heads)
     paths = {id(n): n for _, _, origin in found if origin is not None for n in [origin.use.node, *origin.path]}
     inner = _structures(list(paths.values()), around)
     name = common_module([p for p in (*pieces, taker) if p is not None], product)
     kind, mask = _mask(steps, product, around)
+    if swapped:
+        steps.give_up("the scores are keys times queries, transposed after")
     if steps.reason:
         notes.append(f"not raised: {steps.reason}")
     return AttentionSite(
@@ -123,6 +127,19 @@ def _of_operation(product: fx.Node, around: Surroundings) -> Steps:
     if named.get("is_causal"):
         steps.masks.append(("causal", None, None))
     return steps
+
+
+def _keys_left(match: Match, steps: Steps) -> bool:
+    """Whether the normaliser runs along what the left operand of the scores' product brings: that one holds the keys."""
+    scores = match["scores"]
+    if scores.target is not aten.einsum.default:
+        return steps.keys == -2
+    terms, _, result = str(scores.args[0]).replace(" ", "").partition("->")
+    first, _, second = terms.partition(",")
+    if not steps.keys or -steps.keys > len(result) or "." in result[steps.keys :]:
+        return False
+    letter = result[steps.keys]
+    return letter in first and letter not in second
 
 
 def _depth_of_keys(match: Match) -> int | None:
