@@ -56,7 +56,7 @@ class Steps:
 def read_steps(match: Match, scope: Scope) -> Steps:
     """Follow the scores from the product to the normaliser."""
     steps, inside = Steps(), set(match.nodes)
-    node, ended = match["scores"], match["normaliser"]
+    node, ended = match["scores"], match.get("exponential", match["normaliser"])
     places = [*range(-node.meta["val"].ndim, 0)]  # which dimension of the product each one is by now
     while node is not ended:
         readers = [u for u in node.users if u in inside]
@@ -191,7 +191,7 @@ def _finish(match: Match, steps: Steps, scope: Scope) -> None:
             steps.masks.insert(0, ("add", named["self"], beta))
             if beta != 1:
                 steps.give_up(f"'{scores.name}' scales what it adds by {beta}")
-    normaliser = match["normaliser"]
+    normaliser = match.get("exponential", match["normaliser"])
     dtype = scope.named(normaliser).get("dtype")
     if isinstance(dtype, torch.dtype):
         steps.dtype = dtype

@@ -133,3 +133,92 @@ def test_a_factor_behind_the_mask_is_one_of_the_scale() -> None:
     assert site.scale == 0.25
     assert site.notes[0].startswith("not raised")
     raised_alike(model, program)
+
+
+def exponential(scores: Tensor) -> Tensor:
+    e = scores.exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+def largest_off(scores: Tensor) -> Tensor:
+    return exponential(scores - scores.amax(-1, keepdim=True))
+
+
+def logarithm(scores: Tensor) -> Tensor:
+    return scores.log_softmax(-1).exp()
+
+
+@pytest.mark.parametrize("normalise", [exponential, largest_off, logarithm], ids=lambda f: f.__name__)
+def test_a_softmax_spelled_by_exponentials(normalise: Callable[[Tensor], Tensor]) -> None:
+    model = Block()
+    model.normalise = normalise  # type: ignore[method-assign]
+    program, (site,), misses = looked(model)
+    assert names(site) == ["q", "k", "v", "o"]
+    assert (site.normaliser, site.notes, misses) == ("softmax", (), [])
+    assert has_dialect(raised_alike(model, program))
+
+
+def off_by_one(scores: Tensor) -> Tensor:
+    e = scores.exp()
+    return e / (1 + e.sum(-1, keepdim=True))
+
+
+def over_queries(scores: Tensor) -> Tensor:
+    e = scores.exp()
+    return e / e.sum(-2, keepdim=True)
+
+
+class Talking(Block):
+    """Heads are mixed before the softmax, or behind it."""
+
+    def __init__(self, behind: bool) -> None:
+        super().__init__()
+        self.behind, self.heads = behind, nn.Linear(H, H)
+
+    def normalise(self, scores: Tensor) -> Tensor:
+        scores = scores.softmax(-1) if self.behind else scores
+        scores = self.heads(scores.movedim(1, -1)).movedim(-1, 1)
+        return scores if self.behind else scores.softmax(-1)
+
+
+class KeysFirst(Block):
+    def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (off_by_one, "exponentiated"),
+        (over_queries, "exponentiated"),
+        ("before", "mixes the heads"),
+        ("behind", "mixes the heads"),
+        ("linear", "linear attention"),
+    ],
+)
+def test_attention_in_another_form_is_told_of(case: Callable[[Tensor], Tensor] | str, reason: str) -> None:
+    model = KeysFirst() if case == "linear" else Talking(case == "behind") if isinstance(case, str) else Block()
+    if not isinstance(case, str):
+        model.normalise = case  # type: ignore[method-assign]
+    program, sites, (missed,) = looked(model)
+    assert not sites
+    assert reason in missed.reason
+    assert "test_attention_spelled.py" in missed.where
+    raised_alike(model, program)
+
+
+def test_a_softmax_that_is_no_attention_is_not_told_of() -> None:
+    """A router's weights behind attention, and probabilities at the end."""
+
+    class Routed(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(20, H)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y * self.router(y).softmax(-1).amax(-1, keepdim=True) + y.log_softmax(-1).exp()
+
+    _, sites, misses = looked(Routed())
+    assert len(sites) == 1
+    assert not misses
