@@ -222,3 +222,44 @@ def test_a_softmax_that_is_no_attention_is_not_told_of() -> None:
     _, sites, misses = looked(Routed())
     assert len(sites) == 1
     assert not misses
+
+
+class Packed(Block):
+    """One projection in any order of its parts."""
+
+    def __init__(self, order: str, fused: bool = False) -> None:
+        super().__init__()
+        self.order, self.fused, self.packed = order, fused, nn.Linear(20, 3 * H * D)
+
+    def made(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = dict(zip(self.order, self.packed(x).chunk(3, -1), strict=True))
+        return parts["q"], parts["k"], parts["v"]
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v) if self.fused else super().core(q, k, v)
+
+
+@pytest.mark.parametrize(("order", "fused"), [("vkq", False), ("kqv", True), ("qkv", False)])
+def test_parts_of_a_packed_projection_are_named_by_what_becomes_of_them(order: str, fused: bool) -> None:
+    _, (site,), _ = looked(Packed(order, fused))
+    for role, piece in zip("qkv", (site.q, site.k, site.v), strict=True):
+        assert piece is not None
+        assert piece.name == f"packed.{role}"
+        (part,) = [p for p in piece.site.parts if p.name == role]
+        start = order.index(role) * H * D
+        assert part.rows == ((start, start + H * D),)
+
+
+def test_the_half_of_a_projection_that_is_used_is_a_part() -> None:
+    class Half(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kv = nn.Linear(20, 2 * H * D)
+
+        def made(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self.q(x), self.k(x), self.kv(x)[..., : H * D]
+
+    _, (site,), _ = looked(Half())
+    assert names(site) == ["q", "k", "kv.v", "o"]
+    assert site.v is not None
+    assert [(p.name, p.rows) for p in site.v.site.parts] == [("v", ((0, H * D),)), ("unused", ((H * D, 2 * H * D),))]
