@@ -409,7 +409,8 @@ class AttentionSite(_Structure):
     scale
         What the scores are multiplied by.
     mask
-        ``none``, ``causal``, ``additive``, ``boolean``, ``sliding`` or ``bias``.
+        ``none``, ``causal`` or ``sliding`` (each query is left exactly the keys up to its own place, or the last few of these),
+        ``boolean`` or ``additive`` (any other), ``bias`` (made of weights), or ``unknown`` (a step that is not understood).
     mask_node
         The mask in the graph, if it is a value.
     masks

@@ -6,15 +6,16 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
 
+from recast.patterns.attention.masks import kind_of_kept
 from recast.patterns.attention.spellings import NORMALISERS, SDPA
 from recast.patterns.attention.steps import Steps, read_steps
 from recast.patterns.language import COPIES, VIEWS, Match, among, literal
 from recast.patterns.linear.packing import size_hint
-from recast.patterns.program import fixed_size
 from recast.patterns.provenance import Origin, follows, origins, piece_read
 from recast.patterns.rules import Surroundings
 from recast.patterns.sites import AttentionSite, NormSite, Piece, RotarySite, source_line
@@ -24,8 +25,8 @@ __all__ = ["build", "common_module", "made_by", "taken_by"]
 aten = torch.ops.aten
 
 _WRITES = {"cat", "index_copy", "index_put", "slice_scatter", "scatter", "where", "stack"}
-_CAUSAL = {"le", "lt", "ge", "gt", "tril", "triu"}
 _LAID_OUT = VIEWS | COPIES
+_KEPT: WeakKeyDictionary[Surroundings, dict[Any, str | None]] = WeakKeyDictionary()
 
 
 def build(match: Match, around: Surroundings) -> AttentionSite | str:
@@ -195,31 +196,19 @@ def _normaliser(match: Match) -> str:
 
 def _mask(steps: Steps, product: fx.Node, around: Surroundings) -> tuple[str, fx.Node | None]:
     if not steps.masks:
-        return "none", None
+        return ("unknown" if steps.unread else "none"), None
     kinds = [kind for kind, _, _ in steps.masks]
     node = next((m for _, m, _ in steps.masks if isinstance(m, fx.Node)), None)
     if node is None:
         return "causal", None
     if any(kind == "add" and isinstance(m, fx.Node) and _learned(m, around) for kind, m, _ in steps.masks):
         return "bias", node
-    seen = _above(node, 80)
-    names = [str(getattr(n.target, "_opname", "")) for n in seen]
-    if any(n in _CAUSAL and _compares_positions(node) for n, node in zip(names, seen, strict=True)):
-        window = any(
-            str(getattr(n.target, "_opname", "")) in ("sub", "gt", "lt", "le", "ge")
-            and any(isinstance(a, int) and abs(a) > 1 for a in n.args)
-            for n in seen
-        )
-        return ("sliding" if window else "causal"), node
-    return ("additive" if kinds[0] == "add" else "boolean"), node
-
-
-def _compares_positions(node: fx.Node) -> bool:
-    """Whether a comparison is one of two values, each with several elements: of positions of queries with positions of keys."""
-    if "tri" in str(node.target):
-        return True
-    sides = [a for a in node.args[:2] if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
-    return len(sides) == 2 and all(any(fixed_size(s) != 1 for s in a.meta["val"].shape) for a in sides)
+    masks = tuple(steps.masks)
+    asked = ("kept", *((kind, mask) for kind, mask, _ in masks))
+    if asked not in _KEPT.setdefault(around, {}):
+        _KEPT[around][asked] = kind_of_kept(masks, around)  # layers share their mask
+    found = None if steps.unread else _KEPT[around][asked]
+    return found or ("additive" if kinds[0] == "add" else "boolean"), node
 
 
 def _learned(mask: fx.Node, around: Surroundings) -> bool:

@@ -36,6 +36,8 @@ class Steps:
         In which the normaliser computes, if another.
     keys
         Which dimension of the product of queries with keys the normaliser runs along, from the end; 0 where that is not known.
+    unread
+        Whether a step with a computed value was not understood, which may be one of a mask.
     reason
         Why the steps are in no canonical order; empty if they are. What comes after is read all the same, for its names.
     """
@@ -46,6 +48,7 @@ class Steps:
     sinks: fx.Node | None = None
     dtype: torch.dtype | None = None
     keys: int = -1
+    unread: bool = False
     reason: str = ""
 
     def give_up(self, reason: str) -> None:
@@ -142,6 +145,7 @@ def _read(user: fx.Node, before: fx.Node, steps: Steps, scope: Scope) -> None:
     elif name == "sub" and operands[0] is before and _is_maximum(other, before, scope):
         return  # changes nothing behind a softmax
     else:
+        steps.unread = steps.unread or (name in ("mul", "sub", "add", "div") and isinstance(other, fx.Node))
         steps.give_up(f"'{user.name}' ({name}) is no step that has a canonical place")
 
 
