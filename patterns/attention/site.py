@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -160,7 +161,10 @@ def _heads(query: fx.Node, head_dim: int, piece: Piece | None) -> int:
     shape = [size_hint(s) for s in query.meta["val"].shape]
     if piece is not None and head_dim and piece.shape[0] % head_dim == 0:
         rows = piece.shape[0] // head_dim
-        if len(shape) < 4 or rows in shape or shape[1] % max(rows, 1) == 0:
+        grouped = [
+            a * b for a, b in itertools.pairwise(shape[1:-1])
+        ]  # heads of keys, and queries for each, side by side
+        if len(shape) < 4 or rows in shape or rows in grouped[:1] or shape[1] % max(rows, 1) == 0:
             return rows
     return shape[-3] if len(shape) >= 4 else 1
 

@@ -263,3 +263,16 @@ def test_the_half_of_a_projection_that_is_used_is_a_part() -> None:
     assert names(site) == ["q", "k", "kv.v", "o"]
     assert site.v is not None
     assert [(p.name, p.rows) for p in site.v.site.parts] == [("v", ((0, H * D),)), ("unused", ((H * D, 2 * H * D),))]
+
+
+def test_heads_of_grouped_queries_in_two_dimensions() -> None:
+    """(batch, key heads, queries of each, tokens, features), never flattened."""
+
+    class Grouped(Block):
+        def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            weights = torch.einsum("bkgte,bkse->bkgts", q.unflatten(1, (2, 2)), k).softmax(-1)
+            return torch.einsum("bkgts,bkse->bkgte", weights, v).flatten(1, 2)
+
+    program, (site,), _ = looked(model := Grouped(kv_heads=2))
+    assert (site.heads, site.kv_heads, site.head_dim) == (H, 2, D)
+    raised_alike(model, program)
