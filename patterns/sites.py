@@ -407,9 +407,10 @@ class AttentionSite(_Structure):
     heads, kv_heads, head_dim, value_dim
         Sizes.
     scale
-        What the scores are multiplied by.
+        What the product of `query` and `key` is multiplied by; factors that these have been given before are in them.
     mask
-        ``none``, ``causal``, ``additive``, ``boolean``, ``sliding`` or ``bias``.
+        ``none``, ``causal`` or ``sliding`` (each query is left exactly the keys up to its own place, or the last few of these),
+        ``boolean`` or ``additive`` (any other), ``bias`` (made of weights), or ``unknown`` (a step that is not understood).
     mask_node
         The mask in the graph, if it is a value.
     masks

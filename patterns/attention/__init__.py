@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from recast.patterns.attention import pieces
+from recast.patterns.attention import otherwise, pieces
 from recast.patterns.attention.dialect import emit
 from recast.patterns.attention.site import build
 from recast.patterns.attention.spellings import NORMALISERS, SDPA, SOFTMAX, fused, reduces_last, written_out
@@ -49,4 +49,13 @@ RULES = (
         "attention_written_out", "attention", written_out(), build, NORMALISERS, _between_products, order=31, emit=emit
     ),
     Rule("attention_in_pieces", "attention", Call.of(SOFTMAX, where=reduces_last), pieces.build, order=32),
+    Rule(
+        "attention_otherwise",
+        "attention",
+        Call.of(otherwise.ANCHORS, where=otherwise.worth_telling),
+        otherwise.build,
+        otherwise.ANCHORS,
+        lambda node, around: otherwise.worth_telling(node, around.scope),
+        order=33,
+    ),
 )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
 
+from recast.patterns.attention.masks import kind_of_kept
 from recast.patterns.attention.spellings import NORMALISERS, SDPA
 from recast.patterns.attention.steps import Steps, read_steps
 from recast.patterns.language import COPIES, VIEWS, Match, among, literal
 from recast.patterns.linear.packing import size_hint
-from recast.patterns.program import fixed_size
 from recast.patterns.provenance import Origin, follows, origins, piece_read
 from recast.patterns.rules import Surroundings
 from recast.patterns.sites import AttentionSite, NormSite, Piece, RotarySite, source_line
@@ -24,14 +26,17 @@ __all__ = ["build", "common_module", "made_by", "taken_by"]
 aten = torch.ops.aten
 
 _WRITES = {"cat", "index_copy", "index_put", "slice_scatter", "scatter", "where", "stack"}
-_CAUSAL = {"le", "lt", "ge", "gt", "tril", "triu"}
 _LAID_OUT = VIEWS | COPIES
+_KEPT: WeakKeyDictionary[Surroundings, dict[Any, str | None]] = WeakKeyDictionary()
 
 
 def build(match: Match, around: Surroundings) -> AttentionSite | str:
     """Make the site, or say why it is no attention."""
-    query, key, value = (match[n] for n in ("query", "key", "value"))
     product = match["product"]
+    steps = read_steps(match, around.scope) if product.target not in SDPA else _of_operation(product, around)
+    left, right, value = (match[n] for n in ("query", "key", "value"))
+    swapped = product.target not in SDPA and _keys_left(match, steps)
+    query, key = (right, left) if swapped else (left, right)
     if not all(isinstance(n, fx.Node) and isinstance(n.meta.get("val"), Tensor) for n in (query, key, value)):
         return "queries, keys and values are needed as tensors"
     if around.products(product):
@@ -44,18 +49,19 @@ def build(match: Match, around: Surroundings) -> AttentionSite | str:
         notes.append("o: no linear takes the result")
     if taker is None and not any(pieces):
         return "no linear makes its queries, keys or values, and none takes its result"
-    steps = read_steps(match, around.scope) if product.target not in SDPA else _of_operation(product, around)
-    head_dim, value_dim = (size_hint(n.meta["val"].shape[-1]) for n in (query, value))
+    head_dim, value_dim = (size_hint(n.meta["val"].shape[-1]) for n in (left, value))
     if product.target not in SDPA and product.target is not aten.einsum.default and product.args[1] is not value:
         value_dim = size_hint(value.meta["val"].shape[-2])  # the values stand on the left, transposed
-    if product.target not in SDPA and (swapped := _depth_of_keys(match)) is not None:
-        head_dim = swapped
+    if product.target not in SDPA and (summed := _depth_of_keys(match)) is not None:
+        head_dim = summed
     heads = _heads(query, head_dim, pieces[0])
     kv_heads = _kv_heads(pieces[1], head_dim, heads)
     paths = {id(n): n for _, _, origin in found if origin is not None for n in [origin.use.node, *origin.path]}
     inner = _structures(list(paths.values()), around)
     name = common_module([p for p in (*pieces, taker) if p is not None], product)
     kind, mask = _mask(steps, product, around)
+    if swapped:
+        steps.give_up("the scores are keys times queries, transposed after")
     if steps.reason:
         notes.append(f"not raised: {steps.reason}")
     return AttentionSite(
@@ -125,6 +131,19 @@ def _of_operation(product: fx.Node, around: Surroundings) -> Steps:
     return steps
 
 
+def _keys_left(match: Match, steps: Steps) -> bool:
+    """Whether the normaliser runs along what the left operand of the scores' product brings: that one holds the keys."""
+    scores = match["scores"]
+    if scores.target is not aten.einsum.default:
+        return steps.keys == -2
+    terms, _, result = str(scores.args[0]).replace(" ", "").partition("->")
+    first, _, second = terms.partition(",")
+    if not steps.keys or -steps.keys > len(result) or "." in result[steps.keys :]:
+        return False
+    letter = result[steps.keys]
+    return letter in first and letter not in second
+
+
 def _depth_of_keys(match: Match) -> int | None:
     """Size summed over in the product of queries with keys, which for `einsum` need not be the last."""
     scores = match["scores"]
@@ -142,7 +161,10 @@ def _heads(query: fx.Node, head_dim: int, piece: Piece | None) -> int:
     shape = [size_hint(s) for s in query.meta["val"].shape]
     if piece is not None and head_dim and piece.shape[0] % head_dim == 0:
         rows = piece.shape[0] // head_dim
-        if len(shape) < 4 or rows in shape or shape[1] % max(rows, 1) == 0:
+        grouped = [
+            a * b for a, b in itertools.pairwise(shape[1:-1])
+        ]  # heads of keys, and queries for each, side by side
+        if len(shape) < 4 or rows in shape or rows in grouped[:1] or shape[1] % max(rows, 1) == 0:
             return rows
     return shape[-3] if len(shape) >= 4 else 1
 
@@ -178,31 +200,19 @@ def _normaliser(match: Match) -> str:
 
 def _mask(steps: Steps, product: fx.Node, around: Surroundings) -> tuple[str, fx.Node | None]:
     if not steps.masks:
-        return "none", None
+        return ("unknown" if steps.unread else "none"), None
     kinds = [kind for kind, _, _ in steps.masks]
     node = next((m for _, m, _ in steps.masks if isinstance(m, fx.Node)), None)
     if node is None:
         return "causal", None
     if any(kind == "add" and isinstance(m, fx.Node) and _learned(m, around) for kind, m, _ in steps.masks):
         return "bias", node
-    seen = _above(node, 80)
-    names = [str(getattr(n.target, "_opname", "")) for n in seen]
-    if any(n in _CAUSAL and _compares_positions(node) for n, node in zip(names, seen, strict=True)):
-        window = any(
-            str(getattr(n.target, "_opname", "")) in ("sub", "gt", "lt", "le", "ge")
-            and any(isinstance(a, int) and abs(a) > 1 for a in n.args)
-            for n in seen
-        )
-        return ("sliding" if window else "causal"), node
-    return ("additive" if kinds[0] == "add" else "boolean"), node
-
-
-def _compares_positions(node: fx.Node) -> bool:
-    """Whether a comparison is one of two values, each with several elements: of positions of queries with positions of keys."""
-    if "tri" in str(node.target):
-        return True
-    sides = [a for a in node.args[:2] if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
-    return len(sides) == 2 and all(any(fixed_size(s) != 1 for s in a.meta["val"].shape) for a in sides)
+    masks = tuple(steps.masks)
+    asked = ("kept", *((kind, mask) for kind, mask, _ in masks))
+    if asked not in _KEPT.setdefault(around, {}):
+        _KEPT[around][asked] = kind_of_kept(masks, around)  # layers share their mask
+    found = None if steps.unread else _KEPT[around][asked]
+    return found or ("additive" if kinds[0] == "add" else "boolean"), node
 
 
 def _learned(mask: fx.Node, around: Surroundings) -> bool:

@@ -29,7 +29,17 @@ from recast.patterns.language import (
     Trail,
 )
 
-__all__ = ["ELEMENTWISE", "NORMALISERS", "PRODUCTS", "SDPA", "SOFTMAX", "fused", "reduces_last", "written_out"]
+__all__ = [
+    "ELEMENTWISE",
+    "EXPONENTIALS",
+    "NORMALISERS",
+    "PRODUCTS",
+    "SDPA",
+    "SOFTMAX",
+    "fused",
+    "reduces_last",
+    "written_out",
+]
 
 aten = torch.ops.aten
 
@@ -42,6 +52,8 @@ SDPA = frozenset(
 )
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
 NORMALISERS = SOFTMAX | {aten.sigmoid.default, aten.relu.default}
+_LOG_SOFTMAX = frozenset({aten.log_softmax.int, aten._log_softmax.default})
+EXPONENTIALS = _LOG_SOFTMAX | {aten.exp.default}
 PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default})
 
 _SHAPES = VIEWS | CASTS | COPIES
@@ -154,14 +166,35 @@ def _scores() -> Pattern:
 
 def reduces_last(node: fx.Node, scope: Scope) -> bool:
     """Whether a normaliser runs along keys, the last dimension."""
-    if node.target not in SOFTMAX:
+    if node.target not in SOFTMAX | _LOG_SOFTMAX:
         return True
     return scope.arguments(node)[1] in (-1, node.meta["val"].ndim - 1)
 
 
+def _sums_last(node: fx.Node, scope: Scope) -> bool:
+    named, last = scope.named(node), node.meta["val"].ndim - 1
+    dimensions = named["dim"]
+    return bool(named["keepdim"]) and named["dtype"] is None and isinstance(dimensions, list | tuple) and (
+        [d % (last + 1) for d in dimensions] == [last]
+    )  # fmt: skip
+
+
+def _softmax_written_out() -> Pattern:
+    """``e / sum(e)`` with ``e = exp(scores)``, whether or not the largest is taken off before, and ``exp(log_softmax(scores))``."""
+    exponential = Call.of(aten.exp.default, _scores(), name="exponential")
+    total = Call.of(aten.sum.dim_IntList, Any_("exponential"), where=_sums_last)
+    logarithm = Call.of(_LOG_SOFTMAX, _scores(), name="exponential", where=reduces_last)
+    return Either.of(
+        Call.of(aten.div.Tensor, exponential, total, name="normaliser"),
+        Call.of(aten.exp.default, logarithm, name="normaliser"),
+    )
+
+
 def written_out() -> Pattern:
     """Attention spelled as operations of its own."""
-    normalised = Call.of(NORMALISERS, _scores(), name="normaliser", where=reduces_last)
+    normalised = Either.of(
+        Call.of(NORMALISERS, _scores(), name="normaliser", where=reduces_last), _softmax_written_out()
+    )
     weights = Repeat(_weight_step, normalised, limit=8)
     values = Any_("value", _computed)
     return Either.of(

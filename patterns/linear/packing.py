@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from recast.patterns.linear.roles import attention_roles
 from recast.patterns.sites import Part, Use
 
 __all__ = ["packed_parts", "rows_read", "size_hint"]
@@ -82,15 +83,25 @@ def packed_parts(use: Use, name: str) -> tuple[Part, ...]:
         pieces = _follow(use.node, index.contiguous())
     except RuntimeError:  # views of sizes that only values tell
         return ()
-    if pieces is None or len(pieces) < 2:
+    if not pieces:
         return ()
-    sets = [torch.unique(piece) for piece in pieces]
+    sets = [torch.unique(piece) for piece, _ in pieces]
     if not all(len(s) for s in sets):  # a slice that is empty at the example's sizes
         return ()
-    if sum(len(s) for s in sets) != rows or len(torch.unique(torch.cat(sets))) != rows:
+    covered = torch.unique(torch.cat(sets))
+    if sum(len(s) for s in sets) != len(covered):
         return ()
-    sets.sort(key=lambda s: int(s[0]))
-    names = _names(name, [len(s) for s in sets])
+    order = sorted(range(len(sets)), key=lambda i: int(sets[i][0]))
+    sets = [sets[i] for i in order]
+    roles = attention_roles([pieces[i][1] for i in order])
+    if len(covered) != rows:  # attention takes some rows, and nothing takes the others
+        if roles is None:
+            return ()
+        sets.append(torch.tensor(sorted(set(range(rows)) - set(covered.tolist()))))
+        roles.append("unused")
+    elif len(sets) < 2:
+        return ()
+    names = roles or _names(name, [len(s) for s in sets])
     return tuple(Part(n, _ranges(s)) for n, s in zip(names, sets, strict=True))
 
 
@@ -141,20 +152,20 @@ def _taken_apart(node: fx.Node) -> bool:
     )
 
 
-def _follow(node: fx.Node, value: Tensor) -> list[Tensor] | None:
-    """Row numbers in each piece that the result is taken apart into; None if some use takes all of it."""
-    pieces: list[Tensor] = []
+def _follow(node: fx.Node, value: Tensor) -> list[tuple[Tensor, fx.Node | None]] | None:
+    """Row numbers in each piece that the result is taken apart into, and the piece; None if some use takes all of it."""
+    pieces: list[tuple[Tensor, fx.Node | None]] = []
     for user in node.users:
-        found: list[Tensor] | None = None
+        found: list[tuple[Tensor, fx.Node | None]] | None = None
         if user.target in _VIEWS:
             found = _follow(user, _run(user, value))
         elif user.target in _KEEPS and _same_size(user, value):
             found = _follow(user, value)
         elif user.target in _SPLITS:
-            taken = any(u.target is operator.getitem for u in user.users)
-            found = list(_run(user, value)) if taken else None
+            taken = {u.args[1]: u for u in user.users if u.target is operator.getitem}
+            found = [(piece, taken.get(i)) for i, piece in enumerate(_run(user, value))] if taken else None
         elif user.target in _TAKES:
-            found = [_run(user, value)]
+            found = [(_run(user, value), user)]
         if found is None:
             return None
         pieces += found
