@@ -180,6 +180,8 @@ def _met(users: list[fx.Node], constants: Constants) -> list[fx.Node]:
 def _elementwise(target: Any) -> bool:
     if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         return True
+    if target in (aten.mul.Tensor, aten.div.Tensor):  # and then summed, that would be a matrix product
+        return False
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 

@@ -105,7 +105,7 @@ class Rule:
     pattern
         Matched at every value that its last operation may be.
     build
-        Makes the site of a match, or says in a sentence why it is none.
+        Makes the site of a match, or says in a sentence why it is none; nothing is told of an empty one.
     anchors
         Operations that suggest that the thing is there: one that no match of this kind took in becomes a near miss.
     suspicious
