@@ -78,6 +78,9 @@ class Scope:
     def __init__(self, program: Program, constants: Constants | None = None) -> None:
         self.program = program
         self.constants = constants or Constants(program)
+        self.answers: dict[
+            tuple[str, fx.Node], bool
+        ] = {}  # what constraints found out of a value, asked again and again
         self._arguments: dict[fx.Node, tuple[Any, ...]] = {}
 
     def arguments(self, node: fx.Node) -> tuple[Any, ...]:

@@ -202,7 +202,11 @@ def _only_from_below(node: fx.Node, scope: Scope) -> bool:
 
 def _has_root(node: fx.Node, scope: Scope) -> bool:
     """Whether an operand comes from a root: most products do not, and need no closer look."""
-    return any(_leads_to_root(a, scope) for a in node.args[:2] if isinstance(a, fx.Node))
+    found = scope.answers.get(("has a root", node))
+    if found is None:
+        found = any(_leads_to_root(a, scope) for a in node.args[:2] if isinstance(a, fx.Node))
+        scope.answers["has a root", node] = found
+    return found
 
 
 def _leads_to_root(node: fx.Node, scope: Scope) -> bool:
