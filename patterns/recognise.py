@@ -104,7 +104,7 @@ def _kind(
                     found.append((position[root], site))
                     continue
                 _note(failed, match.nodes, rule, (_WHOLE + len(match.nodes), rule, site, root))
-                if site and not rule.anchors and not taken:
+                if site and not rule.anchors and not taken and rule.suspects(root, around):
                     refused[root] = (rule, site)
             elif trail.node is not None:
                 _note(failed, trail.seen, rule, (trail.depth, rule, trail.words, trail.node))

@@ -20,7 +20,7 @@ from recast.patterns.errors import RecastError
 from recast.patterns.language import Match, Pattern, Scope
 from recast.patterns.sites import LinearSite, Mismatch, Site, Use, source_line
 
-__all__ = ["Rule", "Surroundings", "rules"]
+__all__ = ["Rule", "Surroundings", "never", "rules"]
 
 GROUP = "recast_patterns"
 
@@ -88,6 +88,11 @@ class Surroundings:
         return self._parts.get((kind, node))
 
 
+def never(node: fx.Node, around: Surroundings) -> bool:
+    """Told of nowhere: what a rule refuses is for the others of its kind to tell."""
+    return False
+
+
 Build = Callable[[Match, Surroundings], "Site | str"]
 Emit = Callable[[Any], "tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None"]
 
@@ -109,7 +114,7 @@ class Rule:
     anchors
         Operations that suggest that the thing is there: one that no match of this kind took in becomes a near miss.
     suspicious
-        Whether an anchor outside a match is worth telling of.
+        Whether an anchor outside a match is worth telling of; without anchors, whether what `build` refused is.
     order
         Kinds are recognised in this order; within a kind the rule with the larger order is tried later.
     emit

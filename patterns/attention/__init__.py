@@ -12,7 +12,7 @@ from recast.patterns.attention.site import build
 from recast.patterns.attention.spellings import NORMALISERS, SDPA, SOFTMAX, fused, reduces_last, written_out
 from recast.patterns.language import Call
 from recast.patterns.linear.find import product_flops
-from recast.patterns.rules import Rule, Surroundings
+from recast.patterns.rules import Rule, Surroundings, never
 
 __all__ = ["RULES"]
 
@@ -48,7 +48,14 @@ RULES = (
     Rule(
         "attention_written_out", "attention", written_out(), build, NORMALISERS, _between_products, order=31, emit=emit
     ),
-    Rule("attention_in_pieces", "attention", Call.of(SOFTMAX, where=reduces_last), pieces.build, order=32),
+    Rule(
+        "attention_in_pieces",
+        "attention",
+        Call.of(SOFTMAX, where=reduces_last),
+        pieces.build,
+        suspicious=never,
+        order=32,
+    ),
     Rule(
         "attention_otherwise",
         "attention",

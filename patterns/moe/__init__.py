@@ -9,7 +9,7 @@ from recast.patterns.language import Call, Match
 from recast.patterns.mlp import common_name
 from recast.patterns.moe.experts import Experts, Tokens, latents, read_experts, read_tokens
 from recast.patterns.moe.routing import CHOICES, LOOKUPS, Router, by_table, chooses, entrances, read_router
-from recast.patterns.rules import Rule, Surroundings
+from recast.patterns.rules import Rule, Surroundings, never
 from recast.patterns.sites import MoESite, Piece, source_line
 
 __all__ = ["RULES"]
@@ -92,5 +92,5 @@ def _suspicious(node: fx.Node, around: Surroundings) -> bool:
 
 RULES = (
     Rule("moe", "moe", Call(CHOICES, where=lambda node, scope: chooses(node)), _build, _ANCHORS, _suspicious, order=40),
-    Rule("moe_by_table", "moe", Call(LOOKUPS, where=by_table), _build, order=41),
+    Rule("moe_by_table", "moe", Call(LOOKUPS, where=by_table), _build, suspicious=never, order=41),
 )

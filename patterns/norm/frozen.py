@@ -9,7 +9,7 @@ from recast.patterns.language import VIEWS, Any_, Call, Literal, Match, Pattern,
 from recast.patterns.norm.emit import emit_operation
 from recast.patterns.norm.pieces import ADD, MUL, SUB, computed, has_constant
 from recast.patterns.norm.site import names_of, site_name
-from recast.patterns.rules import Rule, Surroundings
+from recast.patterns.rules import Rule, Surroundings, never
 from recast.patterns.sites import NormSite, source_line
 
 __all__ = ["RULES"]
@@ -56,4 +56,4 @@ def _build(match: Match, around: Surroundings) -> NormSite | str:
     )
 
 
-RULES = (Rule("frozen_batch_norm", "norm", _pattern(), _build, order=10, emit=emit_operation),)
+RULES = (Rule("frozen_batch_norm", "norm", _pattern(), _build, suspicious=never, order=10, emit=emit_operation),)
