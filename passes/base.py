@@ -5,15 +5,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
-import functools
 import importlib
-import importlib.metadata
 import pkgutil
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recast.patterns.errors import PlanError, nearest
+from recast.patterns.plugins import offered
 from recast.patterns.program import Program
 
 if TYPE_CHECKING:
@@ -198,16 +197,5 @@ def discover() -> None:
     package = importlib.import_module("recast.passes.rules")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"recast.passes.rules.{module.name}")
-    for entry in _offered():
-        try:
-            entry.load()
-        except Exception as error:
-            raise PlanError(
-                f"pipeline: the entry point '{entry.name}' ({entry.value}) of another package failed to load: "
-                f"{type(error).__name__}: {error}; repair or uninstall that package"
-            ) from error
-
-
-@functools.cache
-def _offered() -> tuple[importlib.metadata.EntryPoint, ...]:
-    return tuple(importlib.metadata.entry_points(group="recast.passes"))
+    for _ in offered("recast.passes", "pipeline", PlanError):
+        pass

@@ -78,33 +78,38 @@ class Scope:
     def __init__(self, program: Program, constants: Constants | None = None) -> None:
         self.program = program
         self.constants = constants or Constants(program)
-        self.answers: dict[
-            tuple[str, fx.Node], bool
-        ] = {}  # what constraints found out of a value, asked again and again
+        # What was found out of values and is asked again and again: by a name of the question and what it is asked of.
+        self.answers: dict[tuple[str, Any], Any] = {}
         self._arguments: dict[fx.Node, tuple[Any, ...]] = {}
 
     def arguments(self, node: fx.Node) -> tuple[Any, ...]:
         """Operands of a call in the order of its schema, defaults included."""
         found = self._arguments.get(node)
         if found is None:
-            schema = getattr(node.target, "_schema", None)
-            if schema is None:
+            if getattr(node.target, "_schema", None) is None:
                 found = (*node.args, *node.kwargs.values())
             else:
-                given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-                found = tuple(
-                    given[a.name] if a.name in given else a.default_value if a.has_default_value() else None
-                    for a in schema.arguments
-                )
+                names, defaults = _signature(node.target)
+                found = (*node.args, *defaults[len(node.args) :])
+                if node.kwargs:
+                    found = tuple(node.kwargs.get(n, value) for n, value in zip(names, found, strict=True))
             self._arguments[node] = found
         return found
 
     def named(self, node: fx.Node) -> dict[str, Any]:
         """The same by name."""
-        schema = getattr(node.target, "_schema", None)
-        if schema is None:
+        if getattr(node.target, "_schema", None) is None:
             return {str(i): value for i, value in enumerate(self.arguments(node))}
-        return dict(zip((a.name for a in schema.arguments), self.arguments(node), strict=True))
+        return dict(zip(_signature(node.target)[0], self.arguments(node), strict=True))
+
+
+@functools.lru_cache(maxsize=4096)
+def _signature(operation: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """Names of the operands of an operation and their defaults, None where there is none."""
+    arguments = operation._schema.arguments
+    return tuple(a.name for a in arguments), tuple(
+        a.default_value if a.has_default_value() else None for a in arguments
+    )
 
 
 class State(NamedTuple):  # made at every step, and a tuple is made faster than an object with attributes
@@ -372,8 +377,17 @@ class Either(Pattern):
 
     def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
         """Every way of every option."""
-        for option in self.options:
-            yield from option.match(value, state, scope, trail)
+        called = id(value.target) if isinstance(value, fx.Node) and value.op == "call_function" else None
+        for position, (option, ends) in enumerate(self._ends):
+            # That one does not end with this operation is told once, by the first.
+            if position == 0 or ends is None or called in ends:
+                yield from option.match(value, state, scope, trail)
+
+    @functools.cached_property
+    def _ends(self) -> tuple[tuple[Pattern, frozenset[int] | None], ...]:
+        targets = [option.targets() for option in self.options]
+        ends = [None if t is None else frozenset(map(id, t)) for t in targets]
+        return tuple(zip(self.options, ends, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,6 +396,11 @@ class Through(Pattern):
 
     inner: Pattern
     ops: frozenset[Any] = VIEWS | CASTS | COPIES
+
+    def targets(self) -> Collection[Any] | None:
+        """Those of the pattern, and what it is seen through."""
+        inner = self.inner.targets()
+        return None if inner is None else frozenset((*inner, *self.ops))
 
     def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
         """Match here, or one step further up."""

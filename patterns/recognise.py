@@ -85,9 +85,8 @@ def _kind(
     owner: dict[fx.Node, Match] = {}
     failed: dict[fx.Node, Failure] = {}
     found: list[tuple[int, Site]] = []
-    refused: dict[
-        fx.Node, tuple[Rule, str]
-    ] = {}  # by rules without anchors, which would have no other place to tell it
+    # What rules without anchors refused: they have no other place to tell it.
+    refused: dict[fx.Node, tuple[Rule, str]] = {}
     for rule in tried:
         targets = rule.pattern.targets()
         roots = position if targets is None else [n for t in targets for n in by_target.get(t, ())]
@@ -104,7 +103,7 @@ def _kind(
                     found.append((position[root], site))
                     continue
                 _note(failed, match.nodes, rule, (_WHOLE + len(match.nodes), rule, site, root))
-                if site and not rule.anchors and not taken and rule.suspects(root, around):
+                if not rule.anchors and not taken and rule.suspects(root, around):
                     refused[root] = (rule, site)
             elif trail.node is not None:
                 _note(failed, trail.seen, rule, (trail.depth, rule, trail.words, trail.node))
@@ -140,10 +139,13 @@ def _kind(
 def _named_apart(sites: Sequence[Site], around: Surroundings) -> list[Site]:
     """The same sites with names of their own: a module called twice gives several."""
     taken = {*around.linear, *(site.name for site in around.sites)}
+    tried: dict[str, int] = {}  # so that a name that a thousand calls have is not counted up from one each time
     apart = []
     for site in sites:
-        name = next(n for i in itertools.count() if (n := f"{site.name}_{i}" if i else site.name) not in taken)
+        numbers = itertools.count(tried.get(site.name, 0))
+        number, name = next((i, n) for i in numbers if (n := f"{site.name}_{i}" if i else site.name) not in taken)
         taken.add(name)
+        tried[site.name] = number + 1
         apart.append(site if name == site.name else dataclasses.replace(site, name=name))
     return apart
 

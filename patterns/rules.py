@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.metadata
 import pkgutil
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +17,7 @@ from torch import fx
 
 from recast.patterns.errors import RecastError
 from recast.patterns.language import Match, Pattern, Scope
+from recast.patterns.plugins import offered
 from recast.patterns.sites import LinearSite, Mismatch, Site, Use, source_line
 
 __all__ = ["Rule", "Surroundings", "never", "rules"]
@@ -59,7 +59,7 @@ class Surroundings:
                 for node in {use.node, use.product}:
                     self._products.setdefault(node, []).append((site, use))
         self.position = {node: i for i, node in enumerate(scope.program.graph.nodes)}
-        self._parts: dict[tuple[str, fx.Node], Site] = {}
+        self._parts: dict[str, dict[fx.Node, Site]] = {}
         self._seen = 0
 
     def add(self, sites: Iterable[Site]) -> None:
@@ -83,9 +83,9 @@ class Surroundings:
     def part_of(self, kind: str, node: fx.Node) -> Site | None:
         """The site of a kind that a value is part of, of those recognised so far."""
         for site in self.sites[self._seen :]:
-            self._parts.update({(site.kind, n): site for n in getattr(site, "nodes", ())})
+            self._parts.setdefault(site.kind, {}).update(dict.fromkeys(getattr(site, "nodes", ()), site))
         self._seen = len(self.sites)
-        return self._parts.get((kind, node))
+        return self._parts.get(kind, {}).get(node)
 
 
 def never(node: fx.Node, around: Surroundings) -> bool:
@@ -110,7 +110,7 @@ class Rule:
     pattern
         Matched at every value that its last operation may be.
     build
-        Makes the site of a match, or says in a sentence why it is none; nothing is told of an empty one.
+        Makes the site of a match, or says in a sentence why it is none.
     anchors
         Operations that suggest that the thing is there: one that no match of this kind took in becomes a near miss.
     suspicious
@@ -191,19 +191,9 @@ def rules() -> tuple[Rule, ...]:
     for module in pkgutil.iter_modules(package.__path__):
         if module.ispkg:
             found += getattr(importlib.import_module(f"recast.patterns.{module.name}"), "RULES", ())
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        try:
-            offered = entry.load()
-        except Exception as error:
-            raise RecastError(
-                f"patterns: the entry point '{entry.name}' ({entry.value}) of another package failed to load: "
-                f"{type(error).__name__}: {error}; repair or uninstall that package"
-            ) from error
-        several = list(offered) if isinstance(offered, Iterable) else [offered]
-        for rule in several:
+    for where, thing in offered(GROUP, "patterns"):
+        for rule in list(thing) if isinstance(thing, Iterable) else [thing]:
             if not isinstance(rule, Rule):
-                raise RecastError(
-                    f"patterns: entry point '{entry.name}' ({entry.value}) offers {rule!r}; a Rule or several are needed"
-                )
+                raise RecastError(f"patterns: {where} offers {rule!r}; a Rule or several are needed")
             found.append(rule)
     return tuple(sorted(found, key=lambda rule: rule.order))

@@ -17,7 +17,7 @@ from recast.passes.forms.operator import Operator
 from recast.passes.forms.stats import Stats, squared_error
 from recast.patterns.errors import FormError, WeightError, nearest
 
-__all__ = ["Form", "NamedForm", "Parameter"]
+__all__ = ["Form", "NamedForm", "Parameter", "Together"]
 
 Scalar = bool | int | float | str
 
@@ -321,6 +321,18 @@ class NamedForm(Form):
             if getattr(self, f.name) != f.default
         ]
         return f"{self.name}({', '.join(given)})" if given else self.name
+
+
+class Together(NamedForm):
+    """A named form that is fitted to several matrices at once, and to one as to a group of one."""
+
+    @abc.abstractmethod
+    def solve_together(self, weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> list[Operator]:
+        """Fit matrices that were checked; what they share is the same in all of the operators."""
+
+    def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
+        """As `Form.solve`."""
+        return self.solve_together([weight], [stats])[0]
 
 
 _KIND_TEXT = {bool: "true or false", int: "a whole number", float: "a number", str: "a 'quoted' text"}

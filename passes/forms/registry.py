@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import pkgutil
 
 from recast.passes.forms.form import NamedForm
 from recast.patterns.errors import FormError, nearest
+from recast.patterns.plugins import offered
 
 __all__ = ["discover", "form_named", "forms", "module_forms"]
 
@@ -23,14 +23,8 @@ def discover() -> None:
         package = importlib.import_module(folder)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{folder}.{module.name}")
-    for entry in importlib.metadata.entry_points(group="recast.forms"):
-        try:
-            entry.load()
-        except Exception as error:
-            raise FormError(
-                f"forms: the entry point {entry.name!r} ({entry.value}) of another package failed to load: {error}; "
-                "repair or uninstall that package"
-            ) from error
+    for _ in offered("recast.forms", "forms", FormError):
+        pass
     _discovered = True
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from recast.passes.forms.algebra import Product, RowStack
 from recast.passes.forms.diagonal import Diagonal
-from recast.passes.forms.form import Form, NamedForm
+from recast.passes.forms.form import Form, NamedForm, Together
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.quantized import Quantized
 from recast.passes.forms.stats import Stats
@@ -51,7 +50,7 @@ class OverBase(NamedForm):
 
 
 @dataclass(frozen=True)
-class ScaledInputs(OverBase):
+class ScaledInputs(OverBase, Together):
     """A form that divides inputs by a scale chosen on the data; sites that read the same input may share one.
 
     A scale that is shared is of powers of two, so that whatever makes the input can take it over without rounding anything anew.
@@ -68,13 +67,6 @@ class ScaledInputs(OverBase):
     @property
     def shared_part(self) -> Form | None:
         return self if self.shared else None
-
-    @abc.abstractmethod
-    def solve_together(self, weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> list[Operator]:
-        """Fit weights that read the same input, with one scale for all of them."""
-
-    def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
-        return self.solve_together([weight], [stats])[0]
 
     def fit_together(
         self, weights: Sequence[Tensor], stats: Sequence[Stats | None], *, where: Sequence[str] | None = None

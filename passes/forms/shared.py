@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import abc
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from recast.passes.forms.form import Form, NamedForm, data_error
+from recast.passes.forms.form import Form, Together, data_error
 from recast.passes.forms.operator import Operator, common_tensors
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError, nearest
@@ -23,7 +22,7 @@ ACROSS = ("layers", "all")
 
 
 @dataclass(frozen=True)
-class SharedForm(NamedForm):
+class SharedForm(Together):
     """A form of a group of matrices of one shape. Of a single matrix it is the form of a group of one.
 
     Which matrices make a group is read from the names of their sites, by `groups_of`.
@@ -45,13 +44,6 @@ class SharedForm(NamedForm):
             )
         if self.across not in ACROSS:
             raise FormError(f"{self.name}: across is {self.across!r}; {nearest(self.across, ACROSS)}")
-
-    @abc.abstractmethod
-    def solve_together(self, weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> list[Operator]:
-        """Fit matrices that were checked; what they share is one tensor in all of the operators."""
-
-    def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
-        return self.solve_together([weight], [stats])[0]
 
     def fit_together(
         self, weights: Sequence[Tensor], stats: Sequence[Stats | None], *, where: Sequence[str] | None = None

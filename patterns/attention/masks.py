@@ -36,11 +36,15 @@ def kind_of_kept(masks: Sequence[tuple[str, Any, Any]], around: Surroundings) ->
     around
         The program.
     """
-    try:
-        with torch.no_grad():
-            return _kind_of_kept(masks, around)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError):  # what cannot be computed here is not named
-        return None
+    answers, asked = around.scope.answers, ("kept", tuple((kind, mask) for kind, mask, _ in masks))
+    if asked not in answers:  # layers share a mask
+        try:
+            with torch.no_grad():
+                answers[asked] = _kind_of_kept(masks, around)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError):  # what cannot be computed here is not named
+            answers[asked] = None
+    found: str | None = answers[asked]
+    return found
 
 
 def _kind_of_kept(masks: Sequence[tuple[str, Any, Any]], around: Surroundings) -> str | None:

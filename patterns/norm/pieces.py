@@ -42,6 +42,8 @@ aten = torch.ops.aten
 
 MUL = (aten.mul.Tensor, aten.mul.Scalar)
 DIV = (aten.div.Tensor, aten.div.Scalar)
+_AS_IT_IS = CASTS | COPIES
+_PRODUCTS = frozenset({*MUL, *DIV})
 ADD = (aten.add.Tensor, aten.add.Scalar)
 SUB = (aten.sub.Tensor, aten.sub.Scalar)
 POW = (aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor)
@@ -59,7 +61,7 @@ _SUMS = frozenset({aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, ate
 
 def cast(inner: Pattern) -> Pattern:
     """Seen through casts and copies."""
-    return Through(inner, CASTS | COPIES)
+    return Through(inner, _AS_IT_IS)
 
 
 def spread(inner: Pattern) -> Pattern:
@@ -142,9 +144,9 @@ def normalised(x: Pattern, of: Pattern, root_itself: Pattern | None = None) -> P
     return Either.of(
         Call.of(MUL, factor, x, commutes=True, name="normal", where=_has_root),
         Call.of(DIV, x, divisor, name="normal", where=_has_root),
-        Call.of(MUL, factor, weighted, commutes=True, name="normal", where=_has_root),
-        Call.of(DIV, weighted, divisor, name="normal", where=_has_root),
-        Call.of(MUL, cast(scale), x, commutes=True, name="normal", where=_has_root),
+        Call.of(MUL, factor, weighted, commutes=True, name="normal", where=_weighted_before),
+        Call.of(DIV, weighted, divisor, name="normal", where=_weighted_before),
+        Call.of(MUL, cast(scale), x, commutes=True, name="normal", where=_weighted_before),
     )
 
 
@@ -207,6 +209,19 @@ def _has_root(node: fx.Node, scope: Scope) -> bool:
         found = any(_leads_to_root(a, scope) for a in node.args[:2] if isinstance(a, fx.Node))
         scope.answers["has a root", node] = found
     return found
+
+
+def _weighted_before(node: fx.Node, scope: Scope) -> bool:
+    """Whether, besides, an operand is itself a product with a constant: a weight that stands at x or at the root."""
+    if not _has_root(node, scope):
+        return False
+    for operand in node.args[:2]:
+        at = operand
+        while isinstance(at, fx.Node) and among(at, _AS_IT_IS):
+            at = at.args[0]
+        if isinstance(at, fx.Node) and among(at, _PRODUCTS) and has_constant(at, scope):
+            return True
+    return False
 
 
 def _leads_to_root(node: fx.Node, scope: Scope) -> bool:

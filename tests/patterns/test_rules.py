@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import recast
 from recast.explaining import explain
 from recast.passes.base import Pipeline
+from recast.patterns import plugins
 from recast.patterns.errors import ModelError, PlanError, RecastError
 from recast.patterns.language import Any_, Call
 from recast.patterns.program import Program
@@ -109,9 +110,11 @@ def offer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def offered(thing: Any) -> None:
         monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [_Entry(thing)] if group == GROUP else [])
         rules.cache_clear()
+        plugins._entries.cache_clear()
 
     yield offered
     rules.cache_clear()
+    plugins._entries.cache_clear()
 
 
 @pytest.mark.parametrize(

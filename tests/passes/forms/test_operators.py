@@ -8,6 +8,7 @@ import torch
 
 from recast.passes import forms as package
 from recast.passes.forms import Dense, Form, NamedForm, Operator, Product, RowStack, Stats, Sum, registry
+from recast.patterns import plugins
 from recast.patterns.errors import FormError
 from tests.helpers import assert_close
 
@@ -103,8 +104,10 @@ def test_an_entry_point_is_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.metadata.EntryPoint("broken", "no_such_module_for_test", "recast.forms")
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [found] if group == "recast.forms" else [])
     monkeypatch.setattr(registry, "_discovered", False)
+    plugins._entries.cache_clear()
     with pytest.raises(FormError, match="entry point 'broken'"):
         registry.forms()
+    plugins._entries.cache_clear()
 
 
 def test_two_forms_of_one_name_are_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,41 +127,6 @@ def test_an_unknown_storage_is_told() -> None:
         Form.parse("unstructured(0.5, storage='tield')")
     with pytest.raises(FormError, match="quantease_outliers: unknown storage 'csr'"):
         Form.parse("quantease_outliers(storage='csr')")
-
-
-RECIPE = {
-    "rules": [
-        {"match": "0", "form": "unstructured(0.1, storage='tiled')"},
-        {"match": "2", "form": "unstructured(0.2, storage='tiled') | int4(group=8)"},
-        {"match": "4", "form": "quantease_outliers(0.05)"},
-    ],
-    "allow_larger": True,
-}
-
-
-@pytest.fixture(scope="module")
-def program() -> recast.Program:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(70, 130), nn.GELU(), nn.Linear(130, 33), nn.GELU(), nn.Linear(33, 5)).eval()
-    captured = recast.capture(model, (torch.randn(4, 5, 70),))
-    plan = recast.plan(captured, RECIPE)
-    return recast.rewrite(captured, plan, cache=OperatorCache(None), pictures=False, measure=False)
-
-
-@pytest.mark.parametrize("target", ["eager", "onnx", "inductor"])
-def test_saved_and_lowered(program: recast.Program, target: str, tmp_path: Path) -> None:
-    if target == "onnx":
-        pytest.importorskip("onnxruntime")
-    artifact = recast.lower(program, target)
-    if target == "inductor":
-        assert artifact.report.rows[0].kernel == "aten (sparse, written out)"
-    artifact.save(tmp_path / "saved")
-    again = recast.load(tmp_path / "saved")
-    with torch.no_grad():
-        for tokens in (5, 1, 17):
-            x = torch.randn(3, tokens, 70)
-            assert_close(artifact(x), program(x), terms=16 * 130)
-            assert_close(again(x), program(x), terms=16 * 130)
 
 
 @pytest.mark.parametrize("form", ["unstructured(0.2)", "unstructured(0.2, storage='tiled')", "sparse_nm(3, 8)"])
