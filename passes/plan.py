@@ -79,7 +79,7 @@ def plan(
         Show a progress bar; by default on a terminal.
     jobs
         Fit so many sites at a time, each on one core; by default one after another on all cores. Interrupted fitting goes on
-        where it stopped, for fits that were done are in the cache.
+        where it stopped: fits that were done are in the cache, and long searches keep there what they have reached.
 
     Returns
     -------
