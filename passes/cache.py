@@ -60,10 +60,13 @@ class Fitted:
 
     @staticmethod
     def of(weight: Tensor, operator: Operator, stats: Stats | None) -> Fitted:
-        """Compute the errors of an operator."""
-        weight_error, output_error = predicted_errors(weight, operator, stats)
+        """Compute the errors of an operator; those of the output against what the fit aimed at."""
+        aim = weight if stats is None else stats.regular.aimed(weight)
+        weight_error, output_error = predicted_errors(aim, operator, stats)
         predicted = weight_error if output_error is None else output_error
-        return Fitted(operator, weight_error, predicted, measured_errors(weight, operator, stats))
+        if aim is not weight:
+            weight_error = predicted_errors(weight, operator, None)[0]
+        return Fitted(operator, weight_error, predicted, measured_errors(aim, operator, stats))
 
 
 class OperatorCache:
