@@ -111,7 +111,7 @@ def matrix_of(use: Use, constants: Constants) -> Matrix:
     names = constants.sources[use.weight]
     held = [get_by_path(constants.program.module, name) for name in names]
     version = sum(0 if weight.is_inference() else weight._version for weight in held)
-    source = constants.layout(next(iter(_weights(use.weight))))
+    source = constants.layout(next(n for n in _made_from(use.weight) if n.op == "get_attr"))
     if layout.untyped_storage()._cdata == source.untyped_storage()._cdata:
         offset = held[0].storage_offset()
         where: tuple[Any, ...] = (storages[0]._cdata, offset + layout.storage_offset(), layout.stride())
@@ -222,17 +222,32 @@ def _single_matrices(use: Use) -> list[Use]:
     return [dataclasses.replace(use, index=i) for i in range(_matrices(use))]
 
 
-def _weights(node: fx.Node) -> list[fx.Node]:
-    if node.op == "get_attr":
-        return [node]
-    return [w for n in node.all_input_nodes for w in _weights(n)]
+def _made_from(node: fx.Node) -> list[fx.Node]:
+    """A constant and everything that it is computed from, each once, operands before what reads them."""
+    found: dict[fx.Node, None] = {}
+    stack = [(node, False)]
+    while stack:
+        at, ready = stack.pop()
+        if ready:
+            found[at] = None
+        elif at not in found:
+            stack.append((at, True))
+            stack += [(operand, False) for operand in reversed(at.all_input_nodes) if operand not in found]
+    return list(found)
 
 
 def _expression(node: fx.Node) -> str:
-    if node.op == "get_attr":
-        return str(node.target)
-    arguments = fx.node.map_arg((node.args, dict(node.kwargs)), _expression)
-    return f"{node.target}{arguments}"
+    """How a constant is computed, in a line for each step."""
+    numbers: dict[fx.Node, str] = {}
+    lines: list[str] = []
+    for at in _made_from(node):
+        if at.op == "get_attr":
+            numbers[at] = str(at.target)
+            continue
+        arguments = fx.node.map_arg((at.args, dict(at.kwargs)), numbers.__getitem__)
+        numbers[at] = f"%{len(lines)}"
+        lines.append(f"{at.target}{arguments}")
+    return "\n".join(lines)
 
 
 def _site(

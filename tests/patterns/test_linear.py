@@ -433,6 +433,27 @@ def test_conv1d_of_transformers() -> None:
         assert_close(result(x), layer(x), terms=63)
 
 
+def test_a_weight_computed_in_many_steps_is_known_by_each_once() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight, other = self.weight, self.weight
+            for _ in range(60):  # written out as one expression, 2^60 times the weight
+                weight = weight * 0.5 + weight * 0.5
+                other = other * 0.5 + other * 0.25
+            return x @ weight.T + x @ weight.T * 2 + x @ other.T
+
+    model = Doubled().eval()
+    program = recast.capture(model, (torch.randn(3, 7),))
+    sites, missed = find_linear(program)
+    assert not missed
+    assert sorted(len(site.uses) for site in sites) == [1, 2]
+    assert_close(matrix_of(sites[0].uses[0], Constants(program)).read(), model.weight, terms=60)
+
+
 def test_a_cast_weight() -> None:
     class CastWeight(nn.Module):
         def __init__(self) -> None:
