@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from recast.passes.calibration import Calibration
+from recast.passes.drift import LayerDrift
 from recast.passes.forms.stats import SIZES, Stats, sizes_of
 from recast.passes.importance import Importances, Loss
 from recast.passes.progress import track
@@ -66,6 +67,7 @@ def calibrate(
     *,
     sample: int = 256,
     loss: Loss | None = None,
+    drift: bool = False,
     progress: bool | None = None,
 ) -> Calibration:
     """Gather the statistics of every site's inputs in one pass over some batches.
@@ -81,18 +83,23 @@ def calibrate(
     loss
         ``loss(output, batch)``, a scalar: importances of rows and columns are gathered from its gradients, which forms
         such as ``fwsvd`` need. Each batch is run a second time for it.
+    drift
+        Measure how far each numbered layer moves the distribution that the model's head would give, averaged over tokens:
+        forms shared ``across='drift'`` need it. The model must end in a head that gives logits.
     progress
         Show a progress bar; by default on a terminal.
 
     Returns
     -------
     Calibration
-        Gram matrices (float64, not divided by the number of tokens), means, largest values, and a sample.
+        Gram matrices (float64, not divided by the number of tokens), means, largest values, and a sample; the drift of
+        layers in ``.drift``.
 
     Raises
     ------
     CalibrationError
-        No batch was given, one does not fit the program's inputs, or activations or gradients are not finite.
+        No batch was given, one does not fit the program's inputs, or activations or gradients are not finite. `drift` is
+        asked for, and the model has no layers in a row or no logits.
 
     Examples
     --------
@@ -105,6 +112,7 @@ def calibrate(
     points = _points(sites)
     running = {key: _Running(use.features, sample) for key, use in points.items()}
     importances = Importances(program, sites, loss) if loss is not None else None
+    drifts = LayerDrift(program, sites) if drift else None
     probe: list[Any] = []
     count = 0
     for batch in track(batches, "calibrating", progress):
@@ -113,11 +121,13 @@ def calibrate(
             probe = leaves
         with torch.no_grad():
             try:
-                _Collector(program, points, running).run(*leaves)
+                _Collector(program, points, running, drifts).run(*leaves)
             except CalibrationError as error:  # torch adds where in its graph it was, in many lines
                 raise CalibrationError(str(error.args[0]).split("\n")[0]) from None
         if importances is not None:
             importances.add(leaves, batch)
+        if drifts is not None:
+            drifts.add()
         count += 1
     if not count:
         raise CalibrationError(
@@ -136,7 +146,8 @@ def calibrate(
     held = program.weights
     digests = {site.name: tensor_digest(held[site.weights[0]], sample=4096) for site in sites}
     weighed = importances.means() if importances is not None else {}
-    return Calibration(program.fingerprint(), groups, members, probe, digests, weighed)
+    drifted = drifts.means() if drifts is not None else {}
+    return Calibration(program.fingerprint(), groups, members, probe, digests, weighed, drifted)
 
 
 @dataclasses.dataclass
@@ -175,8 +186,15 @@ def _points(sites: list[LinearSite]) -> dict[Any, _Point]:
 class _Collector(fx.Interpreter):
     """Runs the program and hands each site's input over as it is computed."""
 
-    def __init__(self, program: Program, points: Mapping[Any, _Point], running: Mapping[Any, _Running]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        points: Mapping[Any, _Point],
+        running: Mapping[Any, _Running],
+        drifts: LayerDrift | None = None,
+    ) -> None:
         super().__init__(program.module)
+        self.drifts = drifts
         self.wanted: dict[fx.Node, list[tuple[Use, Any]]] = {}
         self.running = running
         self.names = {key: point.sites[0] for key, point in points.items()}
@@ -191,6 +209,8 @@ class _Collector(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        if self.drifts is not None:
+            self.drifts.see(n, value)
         if n in self.routes:
             self.routes[n] = value
         for use, key in self.wanted.get(n, ()):

@@ -42,6 +42,9 @@ class Calibration:
         Digest of each site's parameter.
     importance
         Fisher information of each site's rows and columns, and of those of its parts, where a loss was given.
+    drift
+        Of each numbered layer but the last, where it was asked for: the Kullback-Leibler divergence of the next one's output
+        distribution from its own, in nats.
     """
 
     fingerprint: str
@@ -50,6 +53,7 @@ class Calibration:
     probe: list[Any] = dataclasses.field(default_factory=list)
     weights: dict[str, str] = dataclasses.field(default_factory=dict)
     importance: dict[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    drift: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Calibration of {len(self.members)} sites on {self.tokens:,} tokens, program {self.fingerprint[:12]}>"
@@ -76,6 +80,7 @@ class Calibration:
         """Digest of the statistics, whatever model they belong to; 16 hex digits."""
         text = "".join(f"{name}{stats.hash}" for name, stats in sorted(self.groups.items()))
         text += "".join(f"{name}{self.of(name).hash}" for name in sorted(self.members) if name in self.importance)
+        text += "".join(f"{name}{value!r}" for name, value in sorted(self.drift.items()))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self, program: Program) -> None:
@@ -107,7 +112,7 @@ class Calibration:
                 )
             members[site.name] = self.members[site.name]
         groups = {group: self.groups[group] for group in members.values()}
-        return Calibration(program.fingerprint(), groups, members, [], self.weights, self.importance)
+        return Calibration(program.fingerprint(), groups, members, [], self.weights, self.importance, self.drift)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write statistics as one safetensors file, under a temporary name first."""
@@ -133,6 +138,7 @@ class Calibration:
             "members": json.dumps(self.members),
             "tokens": json.dumps(counts),
             "weights": json.dumps(self.weights),
+            "drift": json.dumps(self.drift),
             "probe": json.dumps({"length": len(self.probe), "constants": constants}),
         }
         target = Path(path)
@@ -191,9 +197,10 @@ class Calibration:
         described = json.loads(meta["probe"])
         probe = [tensors.get(f"probe/{i}", described["constants"].get(str(i))) for i in range(described["length"])]
         members, weights = json.loads(meta["members"]), json.loads(meta["weights"])
+        drift = {str(name): float(value) for name, value in json.loads(meta.get("drift", "{}")).items()}
         start, end = "importance/", "/rows"
         weighed = {
             name: (tensors[f"{start}{name}/rows"], tensors[f"{start}{name}/columns"])
             for name in (k[len(start) : -len(end)] for k in tensors if k.startswith(start) and k.endswith(end))
         }
-        return Calibration(meta["fingerprint"], groups, members, probe, weights, weighed)
+        return Calibration(meta["fingerprint"], groups, members, probe, weights, weighed, drift)
