@@ -179,7 +179,12 @@ class _Values:
             number = all(not isinstance(n, fx.Node) or n.meta["val"].numel() == 1 for n in others)
             capped = node.target is aten.tanh.default and scaled
             if len(read) != 1 or not (
-                moves(node) or is_cast(node) or node.target in _SUMS or (node.target in _SCALES and number) or capped
+                moves(node)
+                or _takes_rows(node)
+                or is_cast(node)
+                or node.target in _SUMS
+                or (node.target in _SCALES and number)
+                or capped
             ):
                 return None
             scaled = scaled or node.target in _SCALES
@@ -203,10 +208,9 @@ class _Values:
         outputs: list[fx.Node] = []
         for number, name in zip(numbers, names, strict=True):
             node = _cut(order, entering | {n for n in order if labels.get(n, numbers[-1] + 1) <= number})
-            if node is None or node in outputs or labels.get(node, number) != number:
-                raise _NoChain(f"what '{name}' gives does not go on as one value")
-            if _shape(node) != size or node.meta["val"].ndim < 2:
-                raise _NoChain(f"what '{name}' gives has another shape than what the last one gives")
+            own = node is not None and node not in outputs and labels.get(node, number) == number
+            if node is None or not own or _shape(node) != size or node.meta["val"].ndim < 2:
+                raise _NoChain(f"what '{name}' gives does not go on as one value, of the shape that the last one gives")
             outputs.append(node)
         head = _behind([scores], outputs[-1]) - {outputs[-1]}
         after = {outputs[-1]}
@@ -221,6 +225,13 @@ class _Values:
             raise _NoChain(f"what follows the last one reads '{beside[0].name}' besides, which is no mask and no size")
         run = tuple(n for n in self.order if n in head and n not in given)
         return Chain(names, tuple(outputs), run, frozenset(read_too), scores)
+
+
+def _takes_rows(node: fx.Node) -> bool:
+    """Whether a node takes whole vectors of its operand, where numbers from elsewhere say (the last token that counts)."""
+    if node.target is aten.index_select.default:
+        return bool(node.args[1] not in (-1, node.args[0].meta["val"].ndim - 1))  # type: ignore[union-attr]
+    return node.target is aten.index.Tensor and len(node.args[1]) < node.args[0].meta["val"].ndim  # type: ignore[union-attr, arg-type]
 
 
 def _shape(node: fx.Node | None) -> str:

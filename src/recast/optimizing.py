@@ -14,6 +14,7 @@ from recast.lowering.base import lowering_named
 from recast.models import Model, load_model
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration, calibrate
+from recast.passes.forms.shared import needs_drift
 from recast.passes.plan import Plan, check_coverage, plan
 from recast.passes.recipe import Recipe
 from recast.passes.report import Report
@@ -83,7 +84,8 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
     say(f"loading {request.model}")
     model = load_model(request.model)
     program = model.program()
-    statistics = _statistics(request, model, program)
+    forms = [e.form for e in ready.entries.values()] if ready else [recipe.default, *(r.form for r in recipe.rules)]
+    statistics = _statistics(request, model, program, drift=needs_drift(forms))
     if statistics is not None and request.save_statistics is not None:
         statistics.save(request.save_statistics)
     cache = OperatorCache.default()
@@ -113,7 +115,7 @@ def _check_replaceable(out: Path) -> None:
         )
 
 
-def _statistics(request: Request, model: Model, program: Program) -> Calibration | None:
+def _statistics(request: Request, model: Model, program: Program, *, drift: bool) -> Calibration | None:
     if request.calibrate is None:
         return None
     if is_statistics(request.calibrate):
@@ -121,4 +123,4 @@ def _statistics(request: Request, model: Model, program: Program) -> Calibration
         found.check(program)
         return found
     batches = read_batches(request.calibrate, model, batch_size=request.batch_size, limit=request.limit)
-    return calibrate(program, batches)
+    return calibrate(program, batches, drift=drift)
