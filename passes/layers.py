@@ -22,7 +22,8 @@ _SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar}
 _SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 _REMEDY = (
     "a model of numbered layers, each reading what the one before gives, and a head (a language model or a classifier "
-    "captured with it, as AutoModelForCausalLM loads one) would work; without drift, shared forms take across='layers'"
+    "captured with it, as AutoModelForCausalLM or AutoModelForMaskedLM load one) would work; without drift, shared forms take "
+    "across='layers'"
 )
 
 
@@ -37,7 +38,7 @@ class Chain:
     outputs
         What each gives, the only value through which it reaches the logits.
     head
-        Nodes from the last output to the logits, with the constants they read, in order.
+        Nodes after the last output up to the logits, with the constants they read, in order.
     given
         Sizes and masks that the head reads and that follow from the inputs alone.
     logits
@@ -176,11 +177,11 @@ class _Values:
         while node not in products:
             read = [n for n in node.all_input_nodes if n in self._active]
             others = [n for n in node.args[:2] if n not in read]
-            number = all(not isinstance(n, fx.Node) or n.meta["val"].numel() == 1 for n in others)
+            number = all(not isinstance(n, fx.Node) or _is_number(n) for n in others)
             capped = node.target is aten.tanh.default and scaled
             if len(read) != 1 or not (
                 moves(node)
-                or _takes_rows(node)
+                or (_takes_rows(node) and node.args[0] is read[0])
                 or is_cast(node)
                 or node.target in _SUMS
                 or (node.target in _SCALES and number)
@@ -232,6 +233,11 @@ def _takes_rows(node: fx.Node) -> bool:
     if node.target is aten.index_select.default:
         return bool(node.args[1] not in (-1, node.args[0].meta["val"].ndim - 1))  # type: ignore[union-attr]
     return node.target is aten.index.Tensor and len(node.args[1]) < node.args[0].meta["val"].ndim  # type: ignore[union-attr, arg-type]
+
+
+def _is_number(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) or fixed_size(value.numel()) == 1
 
 
 def _shape(node: fx.Node | None) -> str:

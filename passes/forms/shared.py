@@ -27,7 +27,7 @@ ACROSS = ("layers", "drift", "all")
 class SharedForm(Together):
     """A form of a group of matrices of one shape. Of a single matrix it is the form of a group of one.
 
-    Which matrices make a group is read from the names of their sites, by `groups_of`.
+    Which matrices make a group is read from the names of their sites, and across drift from what was measured, by `groups_of`.
     """
 
     group: int = field(default=0, kw_only=True, metadata={"help": "matrices in a group; 0: all of them"})
