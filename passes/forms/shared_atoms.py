@@ -90,8 +90,8 @@ class SharedAtoms(SharedForm):
     -----
     MASA: matrix atom sharing, its training-free form ("Matrix PCA"), with the residual's whitened low-rank
     approximation. The paper groups consecutive layers whose output distributions drift little: ``across='drift'``, with a
-    calibration made with ``drift=True``; by default groups are runs of `group` layers. How many groups, how many atoms in each
-    and which rank it took is not told. Weighting the components by the data, and solving for the coefficients again, are ours.
+    calibration made with ``drift=True``; by default groups are runs of `group` layers. Weighting the components by the data, and
+    solving for the coefficients again, are ours.
 
     Examples
     --------
