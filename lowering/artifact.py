@@ -30,7 +30,7 @@ from recast.passes.rewrite import rewrite
 from recast.passes.serialize import program_from, program_to
 from recast.passes.spec import decode_spec, encode_spec
 from recast.patterns.capture.export import capture
-from recast.patterns.errors import ArtifactError, RecastError, TargetError
+from recast.patterns.errors import ArtifactError, CalibrationError, RecastError, TargetError
 from recast.patterns.program import Interface, Program
 
 __all__ = ["Artifact", "load", "lower", "optimize", "writing_folder"]
@@ -328,6 +328,7 @@ def optimize(
     cache: OperatorCache | None = None,
     progress: bool | None = None,
     verification: bool = True,
+    sequential: bool = False,
 ) -> Artifact:
     """Capture, calibrate, plan, rewrite and lower in one call.
 
@@ -343,6 +344,8 @@ def optimize(
         ``eager``, ``inductor`` or ``onnx``.
     verification
         Check the program after every pass, and what the target computes against the eager program.
+    sequential
+        Fit each matrix on what reaches it behind those that were rewritten before it, as ``calibrate(recipe=...)`` does.
 
     Examples
     --------
@@ -356,7 +359,12 @@ def optimize(
     lowering_named(target)  # an unknown target is better refused before the work than after it
     program = model if isinstance(model, Program) else capture(model, args, kwargs, dynamic_shapes)
     cache = cache or OperatorCache.default()
-    statistics = calibrate(program, batches, progress=progress) if batches is not None else None
+    statistics = None
+    if batches is not None:
+        behind = asked if sequential else None
+        statistics = calibrate(program, batches, recipe=behind, cache=cache, progress=progress)
+    elif sequential:
+        raise CalibrationError("optimize: sequential=True fits while it calibrates; give batches of real inputs")
     decided = plan(program, asked, statistics, cache=cache, progress=progress)
     rewritten = rewrite(program, decided, cache=cache, progress=progress, verification=verification)
     artifact = lower(rewritten, target)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -21,13 +17,14 @@ from recast.passes.errors_of import measured_errors, predicted_errors
 from recast.passes.forms.form import Form
 from recast.passes.forms.operator import Operator, below, common_tensors
 from recast.passes.forms.stats import Stats
+from recast.passes.unfinished import kept_in, read_whole, write_whole
 from recast.patterns.errors import RecastError, WeightError
 from recast.patterns.linear.find import Matrix
 from recast.patterns.program import tensor_digest
 
 __all__ = ["Fitted", "OperatorCache", "cache_directory"]
 
-_VERSION = "2"  # raise it when a fit or a stored layout changes
+_VERSION = "3"  # raise it when a fit or a stored layout changes
 
 
 def cache_directory() -> Path | None:
@@ -63,10 +60,13 @@ class Fitted:
 
     @staticmethod
     def of(weight: Tensor, operator: Operator, stats: Stats | None) -> Fitted:
-        """Compute the errors of an operator."""
-        weight_error, output_error = predicted_errors(weight, operator, stats)
+        """Compute the errors of an operator; those of the output against what the fit aimed at."""
+        aim = weight if stats is None else stats.regular.aimed(weight)
+        weight_error, output_error = predicted_errors(aim, operator, stats)
         predicted = weight_error if output_error is None else output_error
-        return Fitted(operator, weight_error, predicted, measured_errors(weight, operator, stats))
+        if aim is not weight:
+            weight_error = predicted_errors(weight, operator, None)[0]
+        return Fitted(operator, weight_error, predicted, measured_errors(aim, operator, stats))
 
 
 class OperatorCache:
@@ -139,7 +139,8 @@ class OperatorCache:
         key = keys[0] if len(keys) == 1 else hashlib.sha256("\n".join(keys).encode()).hexdigest()
         found = self.memory.get(key) or self._read(key)
         if found is None:
-            operators = form.fit_together(weights, seen, where=where)
+            with kept_in(self.directory / "unfinished" / key if self.directory else None):
+                operators = form.fit_together(weights, seen, where=where)
             found = [Fitted.of(w, o, s) for w, o, s in zip(weights, operators, stats, strict=True)]
             self._count(fits=len(found))
             self._write(key, found)
@@ -166,22 +167,19 @@ class OperatorCache:
 
     def _read(self, key: str) -> list[Fitted] | None:
         path = self._path(key)
-        if path is None or not path.is_file():
-            return None
+        held = None if path is None else read_whole(path)
+        if held is None:
+            return None  # not there, or damaged on disk: fit again
+        tensors, facts = held
         try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            if meta.get("digest") != _digest(tensors):
-                return None  # damaged on disk: fit again
-            for name, other in json.loads(meta["common"]).items():
+            for name, other in facts["common"].items():
                 tensors[name] = tensors[other]
             return [
                 Fitted(Operator.from_config(config, below(tensors, str(i))), *errors)
-                for i, (config, errors) in enumerate(json.loads(meta["operators"]))
+                for i, (config, errors) in enumerate(facts["operators"])
             ]
-        except (OSError, SafetensorError, RecastError, ValueError, KeyError):
-            return None  # written by another version, or cut short: fit again
+        except (RecastError, TypeError, ValueError, KeyError):
+            return None  # written by another version: fit again
 
     def _write(self, key: str, fitted: Sequence[Fitted]) -> None:
         path = self._path(key)
@@ -189,33 +187,6 @@ class OperatorCache:
             return
         held = {f"{i}.{name}": t for i, found in enumerate(fitted) for name, t in found.operator.tensors().items()}
         common = common_tensors(held)
-        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in held.items() if n not in common}
+        tensors = {n: t.clone() for n, t in held.items() if n not in common}
         operators = [(f.operator.config(), (f.weight_error, f.predicted_error, f.measured_error)) for f in fitted]
-        meta = {
-            "operators": json.dumps(operators),
-            "common": json.dumps(common),
-            "digest": _digest(tensors),
-        }
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # A name of its own, then a rename: another process sees the old state or the whole new file.
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-            os.close(handle)
-        except OSError:
-            return  # a cache that cannot be written costs time, nothing else
-        try:
-            save_file(tensors, temporary, metadata=meta)
-            Path(temporary).replace(path)
-        except (OSError, SafetensorError):
-            Path(temporary).unlink(missing_ok=True)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor_digest(tensor).encode())
-    return digest.hexdigest()
+        write_whole(path, tensors, {"operators": operators, "common": common})

@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from recast.passes.cache import OperatorCache
 from recast.passes.calibration import Calibration
 from recast.passes.drift import LayerDrift
 from recast.passes.forms.stats import SIZES, Stats, sizes_of
 from recast.passes.importance import Importances, Loss
 from recast.passes.progress import track
+from recast.passes.recipe import Recipe
 from recast.patterns.errors import CalibrationError
 from recast.patterns.linear.find import find_linear
 from recast.patterns.program import Program, tensor_digest
 from recast.patterns.sites import LinearSite, Use
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "RunningStats", "calibrate"]
 
 
-class _Running:
+class RunningStats:
     """Statistics being gathered: one pass, memory bounded by the Gram matrix and a small sample."""
 
     def __init__(self, features: int, sample: int) -> None:
@@ -35,6 +37,7 @@ class _Running:
         self.kept: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
+        """Take in vectors (..., n)."""
         vectors = x.detach().reshape(-1, x.shape[-1])
         for chunk in vectors.split(8192):  # type: ignore[no-untyped-call]  # bounds the float64 copy
             wide = chunk.double().cpu()
@@ -51,6 +54,7 @@ class _Running:
             self.kept = [_thin(torch.cat(self.kept), self.wanted)]
 
     def stats(self) -> Stats:
+        """Return the statistics of all vectors so far."""
         sample = _thin(torch.cat(self.kept), self.wanted) if self.kept else None
         return Stats(self.gram, self.total / max(1, self.tokens), self.absmax, self.tokens, sample, sizes=self.sizes)
 
@@ -68,6 +72,8 @@ def calibrate(
     sample: int = 256,
     loss: Loss | None = None,
     drift: bool = False,
+    recipe: Any = None,
+    cache: OperatorCache | None = None,
     progress: bool | None = None,
 ) -> Calibration:
     """Gather the statistics of every site's inputs in one pass over some batches.
@@ -86,6 +92,13 @@ def calibrate(
     drift
         Measure how far each numbered layer moves the distribution that the model's head would give, averaged over tokens:
         forms shared ``across='drift'`` need it. The model must end in a head that gives logits.
+    recipe
+        Gather what each site will see behind the sites before it as this recipe rewrites them, and fit them so, one after
+        another: a fit then makes ``‖W X - Ŵ X'‖`` small, X' being what arrives there and X what would have (the update of
+        SVD-LLM, arXiv 2403.07378, section 3.2, for every form). The result is for plans by this recipe. All batches are
+        held in memory.
+    cache
+        Where operators fitted for `recipe` go; by default on disk.
     progress
         Show a progress bar; by default on a terminal.
 
@@ -98,8 +111,8 @@ def calibrate(
     Raises
     ------
     CalibrationError
-        No batch was given, one does not fit the program's inputs, or activations or gradients are not finite. `drift` is
-        asked for, and the model has no layers in a row or no logits.
+        No batch was given, one does not fit the program's inputs, activations or gradients are not finite, the recipe shares
+        between sites or has a budget, or `drift` is asked for and the model has no layers in a row or no logits.
 
     Examples
     --------
@@ -110,13 +123,16 @@ def calibrate(
     """
     sites, _ = find_linear(program)
     points = _points(sites)
-    running = {key: _Running(use.features, sample) for key, use in points.items()}
+    running = {key: RunningStats(use.features, sample) for key, use in points.items()}
     importances = Importances(program, sites, loss) if loss is not None else None
     drifts = LayerDrift(program, sites) if drift else None
     probe: list[Any] = []
     count = 0
+    held: list[list[Any]] = []
     for batch in track(batches, "calibrating", progress):
         leaves = _leaves(program, batch, count)
+        if recipe is not None:
+            held.append(leaves)
         if not count:
             probe = leaves
         with torch.no_grad():
@@ -143,11 +159,25 @@ def calibrate(
         members.update(dict.fromkeys(point.sites, point.sites[0]))
     if not groups and sites:
         raise CalibrationError("calibration: the batches hold no token at all; give inputs with at least one")
-    held = program.weights
-    digests = {site.name: tensor_digest(held[site.weights[0]], sample=4096) for site in sites}
+    weights = program.weights
+    digests = {site.name: tensor_digest(weights[site.weights[0]], sample=4096) for site in sites}
     weighed = importances.means() if importances is not None else {}
     drifted = drifts.means() if drifts is not None else {}
-    return Calibration(program.fingerprint(), groups, members, probe, digests, weighed, drifted)
+    found = Calibration(program.fingerprint(), groups, members, probe, digests, weighed, drift=drifted)
+    if recipe is None:
+        return found
+    from recast.passes.sequential import behind_prefix  # which plans, and plans read calibrations
+
+    with torch.no_grad():
+        return behind_prefix(
+            program,
+            held,
+            Recipe.of(recipe),
+            found,
+            cache or OperatorCache.default(),
+            sample=sample,
+            progress=progress,
+        )
 
 
 @dataclasses.dataclass
@@ -190,7 +220,7 @@ class _Collector(fx.Interpreter):
         self,
         program: Program,
         points: Mapping[Any, _Point],
-        running: Mapping[Any, _Running],
+        running: Mapping[Any, RunningStats],
         drifts: LayerDrift | None = None,
     ) -> None:
         super().__init__(program.module)

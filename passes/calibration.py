@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from recast.passes.forms.stats import Stats
+from recast.passes.recipe import Recipe
 from recast.patterns.errors import CalibrationError
 from recast.patterns.linear.find import find_linear
 from recast.patterns.program import Program, tensor_digest
@@ -42,6 +43,8 @@ class Calibration:
         Digest of each site's parameter.
     importance
         Fisher information of each site's rows and columns, and of those of its parts, where a loss was given.
+    behind
+        Digest of the recipe whose rewritten sites these statistics were gathered behind; empty for the model as it is.
     drift
         Of each numbered layer but the last, where it was asked for: the Kullback-Leibler divergence of the next one's output
         distribution from its own, in nats.
@@ -53,6 +56,7 @@ class Calibration:
     probe: list[Any] = dataclasses.field(default_factory=list)
     weights: dict[str, str] = dataclasses.field(default_factory=dict)
     importance: dict[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    behind: str = ""
     drift: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -83,8 +87,13 @@ class Calibration:
         text += "".join(f"{name}{value!r}" for name, value in sorted(self.drift.items()))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def check(self, program: Program) -> None:
-        """Raise CalibrationError unless these statistics were gathered on this very model."""
+    def check(self, program: Program, recipe: Recipe | None = None) -> None:
+        """Raise CalibrationError unless these statistics were gathered on this very model, and serve plans by this recipe."""
+        if self.behind and recipe is not None and recipe.digest != self.behind:
+            raise CalibrationError(
+                f"calibration: these statistics were gathered behind sites rewritten by recipe {self.behind}, this is recipe "
+                f"{recipe.digest}; plan with that one, or calibrate with recipe=... this one or none"
+            )
         found = program.fingerprint()
         if found != self.fingerprint:
             raise CalibrationError(
@@ -112,7 +121,9 @@ class Calibration:
                 )
             members[site.name] = self.members[site.name]
         groups = {group: self.groups[group] for group in members.values()}
-        return Calibration(program.fingerprint(), groups, members, [], self.weights, self.importance, self.drift)
+        return Calibration(
+            program.fingerprint(), groups, members, [], self.weights, self.importance, self.behind, self.drift
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write statistics as one safetensors file, under a temporary name first."""
@@ -120,7 +131,7 @@ class Calibration:
         counts: dict[str, int] = {}
         for name, stats in self.groups.items():
             counts[name] = stats.tokens
-            for field in ("gram", "mean", "absmax", "sample", "sizes"):
+            for field in ("gram", "mean", "absmax", "sample", "sizes", "cross"):
                 value = getattr(stats, field)
                 if value is not None:
                     tensors[f"{name}/{field}"] = value.contiguous()
@@ -139,6 +150,7 @@ class Calibration:
             "tokens": json.dumps(counts),
             "weights": json.dumps(self.weights),
             "drift": json.dumps(self.drift),
+            "behind": self.behind,
             "probe": json.dumps({"length": len(self.probe), "constants": constants}),
         }
         target = Path(path)
@@ -191,6 +203,7 @@ class Calibration:
                 tokens=count,
                 sample=tensors.get(f"{name}/sample"),
                 sizes=tensors.get(f"{name}/sizes"),
+                cross=tensors.get(f"{name}/cross"),
             )
             for name, count in counts.items()
         }
@@ -203,4 +216,5 @@ class Calibration:
             name: (tensors[f"{start}{name}/rows"], tensors[f"{start}{name}/columns"])
             for name in (k[len(start) : -len(end)] for k in tensors if k.startswith(start) and k.endswith(end))
         }
-        return Calibration(meta["fingerprint"], groups, members, probe, weights, weighed, drift)
+        behind = meta.get("behind", "")
+        return Calibration(meta["fingerprint"], groups, members, probe, weights, weighed, behind, drift)

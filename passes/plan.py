@@ -27,7 +27,18 @@ from recast.patterns.linear.find import Matrix, find_linear, matrix_of
 from recast.patterns.program import Program
 from recast.patterns.sites import LinearSite
 
-__all__ = ["Entry", "Plan", "Skip", "Target", "fitted_apart", "plan", "targets_of"]
+__all__ = [
+    "Entry",
+    "Plan",
+    "Skip",
+    "Target",
+    "decide",
+    "fitted_apart",
+    "forms_by_name",
+    "measured_entries",
+    "plan",
+    "targets_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +90,7 @@ def plan(
         Show a progress bar; by default on a terminal.
     jobs
         Fit so many sites at a time, each on one core; by default one after another on all cores. Interrupted fitting goes on
-        where it stopped, for fits that were done are in the cache.
+        where it stopped: fits that were done are in the cache, and long searches keep there what they have reached.
 
     Returns
     -------
@@ -105,7 +116,7 @@ def plan(
     check_jobs(jobs)
     asked = Recipe.of(recipe)
     if calibration is not None:
-        calibration.check(program)
+        calibration.check(program, asked)
     cache = cache or OperatorCache.default()
     covered = coverage(program)
     check_coverage(covered.fraction, asked.min_coverage, covered)
@@ -115,14 +126,14 @@ def plan(
     constants = Constants(smaller.program)
     sites, _ = find_linear(smaller.program, constants)
     targets = targets_of(sites, constants, smaller.calibration)
-    wanted, skipped = _choose(asked, sites)
+    wanted, skipped = forms_by_name(asked, sites)
     entries: dict[str, Entry] = {}
     options: dict[str, list[Entry]] = {}
     spare = len(asked.candidates) if asked.budget is not None else 0
 
     def measured(names: list[str]) -> list[list[Entry]]:
         if len(names) > 1:
-            return [[entry] for entry in _measure(names, wanted[names[0]][0], targets, cache)]
+            return [[entry] for entry in measured_entries(names, wanted[names[0]][0], targets, cache)]
         return [_measured(names[0], wanted[names[0]], targets, cache, spare)]
 
     together = fitted_apart({name: forms[0] for name, forms in wanted.items()}, targets, calibration)
@@ -130,7 +141,7 @@ def plan(
         together, mapped(measured, together, jobs=jobs, label="fitting", progress=progress), strict=True
     ):
         options.update(zip(names, found, strict=True))
-    chosen = _decide(options, targets, asked)
+    chosen = decide(options, targets, asked)
     for name, entry in chosen.items():
         if isinstance(entry, Skip):
             skipped.append(entry)
@@ -194,7 +205,7 @@ def _check_budget(recipe: Recipe) -> None:
             )
 
 
-def _choose(recipe: Recipe, sites: list[LinearSite]) -> tuple[dict[str, list[Form]], list[Skip]]:
+def forms_by_name(recipe: Recipe, sites: list[LinearSite]) -> tuple[dict[str, list[Form]], list[Skip]]:
     """Forms to consider for each site or part, by the recipe's rules."""
     wanted: dict[str, list[Form]] = {}
     skipped: list[Skip] = []
@@ -278,14 +289,14 @@ def _measured(
     found = []
     for form in forms:
         try:
-            found += _measure([name], form, targets, cache)
+            found += measured_entries([name], form, targets, cache)
         except FormError:
             if form not in forms[max(0, len(forms) - spare) :]:
                 raise
     return found
 
 
-def _measure(names: list[str], form: Form, targets: dict[str, Target], cache: OperatorCache) -> list[Entry]:
+def measured_entries(names: list[str], form: Form, targets: dict[str, Target], cache: OperatorCache) -> list[Entry]:
     """Fit a group of sites, most often of one; bytes that several hold in common are divided between them."""
     members = [targets[name] for name in names]
     matrices, stats = [member.matrix for member in members], [member.stats for member in members]
@@ -310,7 +321,8 @@ def _measure(names: list[str], form: Form, targets: dict[str, Target], cache: Op
     return found
 
 
-def _decide(options: dict[str, list[Entry]], targets: dict[str, Target], recipe: Recipe) -> dict[str, Entry | Skip]:
+def decide(options: dict[str, list[Entry]], targets: dict[str, Target], recipe: Recipe) -> dict[str, Entry | Skip]:
+    """One form of each site, or why it stays dense: by the budget, or the first option where that pays."""
     if recipe.budget is not None:
         return _under_budget(options, targets, recipe.budget)
     chosen: dict[str, Entry | Skip] = {}

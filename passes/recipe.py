@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -101,6 +103,11 @@ class Recipe:
     min_coverage: float = 0.0
     allow_larger: bool = False
     tied: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that is asked for, 16 hex digits."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     @staticmethod
     def of(value: Recipe | Form | Mapping[str, Any] | str | os.PathLike[str]) -> Recipe:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recast.passes.progress import track
+from recast.passes.unfinished import unfinished
+from recast.patterns.program import tensor_digest
 
 __all__ = ["ArmorFactors", "ArmorSearch", "best_pairs"]
 
@@ -22,6 +27,8 @@ _BETA1, _BETA2, _ADAM_EPS = 0.9, 0.999, 1e-8
 _PATIENCE, _RTOL, _ATOL = 100, 1e-6, 1e-8
 # How often the best factors seen are put aside.
 _KEEP_EVERY = 20
+# How often the state of a search is kept on disk, in seconds.
+SAVE_EVERY = 60.0
 
 
 @dataclass
@@ -102,6 +109,10 @@ class _Adam:
         self.parameter, self.rate, self.steps = parameter, rate, 0
         self.first, self.second = torch.zeros_like(parameter), torch.zeros_like(parameter)
 
+    def moments(self) -> dict[str, Tensor]:
+        """Return what is remembered of the gradients."""
+        return {"first": self.first, "second": self.second}
+
     def step(self, gradient: Tensor) -> None:
         self.steps += 1
         self.first.lerp_(gradient, 1 - _BETA1)
@@ -153,19 +164,67 @@ class ArmorSearch:
         self.gains: list[float] = []  # of the updates of pairs, never negative
 
     def run(self, iterations: int, progress: bool | None = None) -> ArmorFactors:
-        """Take so many steps, or fewer where they stop helping, and return the best factors seen, the first included."""
-        best, kept = self.factors.copy(), self.loss()
-        least, stale = kept, 0
-        for step in track(range(iterations), "armor", progress):
+        """Take so many steps, or fewer where they stop helping, and return the best factors seen, the first included.
+
+        Inside a fit whose states are kept (`recast.passes.unfinished`), the search goes on where it was interrupted, and
+        gives what it would have given without.
+        """
+        kept, name = unfinished(), self._name(iterations)
+        self._best, self._lowest = self.factors.copy(), self.loss()
+        self._least, self._stale, self._done = self._lowest, 0, 0
+        if kept is not None and (state := kept.load(name)) is not None:
+            self._go_on(*state)
+        begun = saved = time.monotonic()
+        for step in track(range(self._done, iterations), "armor", progress):
+            if kept is not None and time.monotonic() - saved > SAVE_EVERY:
+                kept.save(name, *self._state())
+                saved = time.monotonic()
             loss = self._step()
             self.losses.append(loss)
-            stale = 0 if loss < least * (1 - _RTOL) - _ATOL else stale + 1
-            least = min(least, loss)
-            if stale >= _PATIENCE:
+            self._stale = 0 if loss < self._least * (1 - _RTOL) - _ATOL else self._stale + 1
+            self._least = min(self._least, loss)
+            self._done = step + 1
+            if self._stale >= _PATIENCE:
+                self._done = iterations
                 break
-            if step % _KEEP_EVERY == _KEEP_EVERY - 1 and (now := self.loss()) < kept:
-                best, kept = self.factors.copy(), now
-        return self.factors if self.loss() <= kept else best
+            if step % _KEEP_EVERY == _KEEP_EVERY - 1 and (now := self.loss()) < self._lowest:
+                self._best, self._lowest = self.factors.copy(), now
+        if kept is not None and time.monotonic() - begun > SAVE_EVERY:
+            kept.save(name, *self._state())  # the fit may hold another search, which may be interrupted
+        return self.factors if self.loss() <= self._lowest else self._best
+
+    def _name(self, iterations: int) -> str:
+        """What the search is of: its beginning and its settings."""
+        begin = [tensor_digest(t) for t in (self.target, self.weights, *self.factors.tensors())]
+        settings = (iterations, self.adam[0].rate, self.greedy, self.random.initial_seed())
+        return hashlib.sha256("\n".join([*begin, repr(settings)]).encode()).hexdigest()
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next step rests on, and what was found so far."""
+        moments = {f"{name}{i}": t for i, adam in enumerate(self.adam) for name, t in adam.moments().items()}
+        tensors = {
+            **{f"factor{i}": t for i, t in enumerate(self.factors.tensors())},
+            **{f"best{i}": t for i, t in enumerate(self._best.tensors())},
+            **moments,
+            "random": self.random.get_state(),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "gains": torch.tensor(self.gains, dtype=torch.float64),
+        }
+        return tensors, {"done": self._done, "lowest": self._lowest, "least": self._least, "stale": self._stale}
+
+    def _go_on(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Take up a state."""
+        for i, (own, best) in enumerate(zip(self.factors.tensors(), self._best.tensors(), strict=True)):
+            own.copy_(tensors[f"factor{i}"])
+            best.copy_(tensors[f"best{i}"])
+        for i, adam in enumerate(self.adam):
+            adam.steps = len(tensors["losses"])
+            for name, moment in adam.moments().items():
+                moment.copy_(tensors[f"{name}{i}"])
+        self.random.set_state(tensors["random"])
+        self.losses, self.gains = tensors["losses"].tolist(), tensors["gains"].tolist()
+        self._done, self._lowest = facts["done"], facts["lowest"]
+        self._least, self._stale = facts["least"], facts["stale"]
 
     def loss(self) -> float:
         """Return the objective at the factors as they are."""

@@ -7,7 +7,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -128,7 +128,8 @@ class Form(abc.ABC):
             (m, n), floating and finite. Fits run in float32 or better; the result has the weight's dtype.
         stats
             Statistics of the weight's inputs. With a Gram matrix, ``‖(W - Ŵ)X‖`` is made small in place of ``‖W - Ŵ‖``,
-            and the result is never worse on the data than the one without statistics.
+            and the result is never worse on the data than the one without statistics. Behind rewritten sites W is replaced
+            by `Stats.aimed`.
         where
             Name of the weight, for messages.
 
@@ -142,11 +143,14 @@ class Form(abc.ABC):
             If the statistics are not of this weight's inputs, or not finite.
         """
         weight = self.checked(weight, stats, where)
-        operator = self.solve(weight, stats)
-        if stats is None or stats.gram is None or self.optimal_on_data:
+        aim, seen = weight, stats
+        if stats is not None and stats.cross is not None:
+            aim, seen = stats.aimed(weight), replace(stats, cross=None)
+        operator = self.solve(aim, seen)
+        if seen is None or seen.gram is None or (self.optimal_on_data and aim is weight):
             return operator
         free = self.solve(weight, None)
-        return min((operator, free), key=lambda found: data_error(weight, found, stats))
+        return min((operator, free), key=lambda found: data_error(aim, found, seen))
 
     def checked(self, weight: Tensor, stats: Stats | None, where: str | None = None) -> Tensor:
         """Return the weight without its history, once it, its shape and the statistics are fit for a fit; errors as there."""

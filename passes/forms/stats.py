@@ -23,6 +23,8 @@ _OCTAVE, _REACH = 32, 32
 SIZES = 2 * _REACH * _OCTAVE + 1
 # Rows whose errors are computed at a time.
 _SLAB = 512
+# Share of the mean square of the features that keeps a weight as it is in directions that inputs hardly have.
+_AIM_DAMPING = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,9 @@ class Stats:
         (m,) and (n,), sums over the columns and rows of the weight's empirical Fisher information, the mean of squared
         gradients of a loss (arXiv 2207.00112); None unless calibration was given a loss. They are of one weight, not of
         all that read x.
+    cross
+        (n, n) float64, the sum over tokens of x̄ xᵀ, where x̄ is what the weight would see in the model as it is and x what
+        it sees behind rewritten sites; None where they are the same. A fit then aims at `aimed` weights.
     """
 
     gram: Tensor | None
@@ -58,6 +63,7 @@ class Stats:
     row_importance: Tensor | None = None
     column_importance: Tensor | None = None
     sizes: Tensor | None = None
+    cross: Tensor | None = None
 
     @classmethod
     def from_inputs(cls, x: Tensor, *, sample: int = 0) -> Stats:
@@ -117,6 +123,7 @@ class Stats:
             "mean": (features,),
             "absmax": (features,),
             "gram": (features, features),
+            "cross": (features, features),
             "column_importance": (features,),
             "sizes": (SIZES,),
         }
@@ -185,9 +192,39 @@ class Stats:
         """
         if not self.deficient or self.gram is None:
             return self
-        gram = (1 - self.shrinkage) * self.gram.double()
-        gram.diagonal().copy_(self.gram.diagonal())
-        return replace(self, gram=gram)
+
+        def shrunk(moments: Tensor) -> Tensor:
+            found = (1 - self.shrinkage) * moments.double()
+            found.diagonal().copy_(moments.diagonal())
+            return found
+
+        return replace(self, gram=shrunk(self.gram), cross=None if self.cross is None else shrunk(self.cross))
+
+    def aimed(self, weight: Tensor) -> Tensor:
+        """Return the weight (m, n) that a fit should come near to on these inputs, of the same dtype.
+
+        Behind rewritten sites that is ``W̃ = W (X̄ Xᵀ + λ) (X Xᵀ + λ)⁻¹``, for ``‖W X̄ - Ŵ X‖²`` is ``‖(W̃ - Ŵ) X‖²`` and what
+        no Ŵ can change; λ is a hundredth of the mean square of the features. Elsewhere it is the weight itself.
+
+        Examples
+        --------
+        >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+        >>> seen = replace(
+        ...     Stats.from_inputs(x), cross=2 * Stats.from_inputs(x).gram
+        ... )  # inputs have become half as large
+        >>> torch.testing.assert_close(seen.aimed(torch.eye(3)), 2 * torch.eye(3), rtol=0.02, atol=0.02)
+        """
+        if self.cross is None or self.gram is None:
+            return weight
+        gram, cross = self.gram.double(), self.cross.double()
+        ridge = _AIM_DAMPING * gram.diagonal().mean()
+        if not ridge > 0:
+            return weight
+        eye = ridge * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        turned: Tensor = torch.linalg.solve(gram + eye, cross.T + eye).T
+        wide = turned.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        found: Tensor = (weight.to(wide.dtype) @ wide).to(weight.dtype)
+        return found
 
     @cached_property
     def hash(self) -> str:
@@ -199,8 +236,9 @@ class Stats:
             if value is not None:
                 digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        if self.sizes is not None:  # statistics of files that lack them keep their digest
-            digest.update(self.sizes.cpu().contiguous().numpy().tobytes())
+        for value in (self.sizes, self.cross):  # statistics of files that lack them keep their digest
+            if value is not None:
+                digest.update(value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def through(self, operator: Operator) -> Stats:
@@ -218,7 +256,9 @@ class Stats:
             # Cauchy-Schwarz gives a second bound: no value exceeds the root of the sum of all squares.
             absmax = torch.minimum(absmax, gram.diagonal().clamp_min(0).sqrt())
         mean = matrix @ self.mean.double()
-        return replace(self, gram=gram, mean=mean, absmax=absmax, sample=sample, column_importance=None, sizes=None)
+        return replace(
+            self, gram=gram, mean=mean, absmax=absmax, sample=sample, column_importance=None, sizes=None, cross=None
+        )
 
     def part(self, features: slice) -> Stats:
         """Return the statistics of some of the features, as one block of a block-diagonal operator sees them."""

@@ -219,6 +219,10 @@ def optimize(
         int | None,
         typer.Option("--jobs", "-j", min=1, help="Fit so many sites at a time, each on one core.", show_default=False),
     ] = None,
+    sequential: Annotated[
+        bool,
+        typer.Option("--sequential", help="Fit each matrix on what reaches it behind those rewritten before it."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -241,6 +245,7 @@ def optimize(
         limit=limit,
         force=force,
         jobs=jobs,
+        sequential=sequential,
     )
     report = optimize_model(request, _say)
     if as_json:

@@ -44,6 +44,7 @@ class Request:
     limit: int | None = 256
     force: bool = False
     jobs: int | None = None
+    sequential: bool = False
 
     def asked(self) -> Recipe:
         """The recipe with what the options add."""
@@ -76,6 +77,10 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
     if request.plan is not None and (request.recipe is not None or request.budget is not None):
         raise RecipeError("optimize: --plan says what to do already; leave --recipe and --budget out, or --plan")
     recipe = request.asked()
+    if request.sequential and (request.calibrate is None or request.plan is not None):
+        raise CalibrationError(
+            "optimize: --sequential fits while it calibrates: it needs --calibrate with real inputs, and takes no --plan"
+        )
     ready = Plan.load(request.plan) if request.plan is not None else None
     if request.calibrate is not None and not request.calibrate.is_file():
         raise CalibrationError(
@@ -84,11 +89,10 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
     say(f"loading {request.model}")
     model = load_model(request.model)
     program = model.program()
-    forms = [e.form for e in ready.entries.values()] if ready else [recipe.default, *(r.form for r in recipe.rules)]
-    statistics = _statistics(request, model, program, drift=needs_drift(forms))
+    cache = OperatorCache.default()
+    statistics = _statistics(request, model, program, recipe, ready, cache)
     if statistics is not None and request.save_statistics is not None:
         statistics.save(request.save_statistics)
-    cache = OperatorCache.default()
     if ready is None:
         ready = plan(program, recipe, statistics, cache=cache, jobs=request.jobs)
     else:
@@ -115,12 +119,21 @@ def _check_replaceable(out: Path) -> None:
         )
 
 
-def _statistics(request: Request, model: Model, program: Program, *, drift: bool) -> Calibration | None:
+def _statistics(
+    request: Request, model: Model, program: Program, recipe: Recipe, ready: Plan | None, cache: OperatorCache
+) -> Calibration | None:
     if request.calibrate is None:
         return None
     if is_statistics(request.calibrate):
         found = Calibration.load(request.calibrate)
-        found.check(program)
+        found.check(program, recipe if request.plan is None else None)
+        if request.sequential and not found.behind:
+            raise CalibrationError(
+                f"optimize: '{request.calibrate}' holds statistics of the model as it is; --sequential needs real inputs, or "
+                "statistics that a run with it saved"
+            )
         return found
     batches = read_batches(request.calibrate, model, batch_size=request.batch_size, limit=request.limit)
-    return calibrate(program, batches, drift=drift)
+    forms = [e.form for e in ready.entries.values()] if ready else [recipe.default, *(r.form for r in recipe.rules)]
+    asked = recipe if request.sequential else None
+    return calibrate(program, batches, recipe=asked, cache=cache, drift=needs_drift(forms))

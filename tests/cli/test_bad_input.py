@@ -67,6 +67,7 @@ def test_model(cli: Cli, here: Path, model: str, said: str) -> None:
         (["--budget", "much"], "share such as 0.4"),
         (["--min-coverage", "7"], "--min-coverage"),
         (["--plan", "missing.yaml"], "cannot be read"),
+        (["--sequential"], "it needs --calibrate with real inputs"),
         (["--nothing"], "No such option"),
         (["-c", "missing.txt"], "there is no file"),
     ],

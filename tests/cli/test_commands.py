@@ -102,6 +102,22 @@ def test_optimize_then_compare_a_function(cli: Cli, here: Path) -> None:
     assert (here / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+def test_optimize_in_order(cli: Cli, here: Path) -> None:
+    asked = ("optimize", "little:keyword", "-r", "low_rank(4)", "-t", "eager")
+    first = cli(
+        *asked, "-c", "x.safetensors", "-o", "a", "--sequential", "--save-statistics", "behind.safetensors", "--json"
+    )
+    assert first.status == 0, first.err
+    assert recast.Calibration.load(here / "behind.safetensors").behind
+    second = cli(*asked, "-c", "behind.safetensors", "-o", "b", "--json")
+    assert second.status == 0, second.err
+    errors = [[site["predicted_error"] for site in run.json["sites"]] for run in (first, second)]
+    assert errors[0] == errors[1]
+    other = cli("optimize", "little:keyword", "-r", "int8", "-t", "eager", "-c", "behind.safetensors", "-o", "c")
+    assert other.status == 2
+    assert "gathered behind sites rewritten by recipe" in other.err
+
+
 def test_optimize_by_plan_statistics_and_budget(cli: Cli, here: Path) -> None:
     first = cli(
         "optimize", "little:keyword", "-r", "int8", "-c", "x.safetensors", "-t", "eager", "-o", "a", "--budget", "0.4x",

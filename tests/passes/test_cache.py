@@ -125,7 +125,7 @@ def test_a_folder_that_cannot_be_written_costs_time_only(tmp_path: Path, weight:
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path: Path, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recast.passes import cache as module
+    from recast.passes import unfinished as module
 
     def full(tensors: Any, path: str, **_: Any) -> None:
         Path(path).write_bytes(b"half")
@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path, weight: Tensor, monkeyp
 
 
 def test_an_interruption_leaves_no_half_file(tmp_path: Path, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recast.passes import cache as module
+    from recast.passes import unfinished as module
 
     def interrupt(tensors: Any, path: str, **_: Any) -> None:
         Path(path).write_bytes(b"half")
