@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from recast.passes.cache import OperatorCache
 from recast.passes.calibration import Calibration
+from recast.passes.drift import LayerDrift
 from recast.passes.forms.stats import SIZES, Stats, sizes_of
 from recast.passes.importance import Importances, Loss
 from recast.passes.progress import track
@@ -70,6 +71,7 @@ def calibrate(
     *,
     sample: int = 256,
     loss: Loss | None = None,
+    drift: bool = False,
     recipe: Any = None,
     cache: OperatorCache | None = None,
     progress: bool | None = None,
@@ -87,6 +89,9 @@ def calibrate(
     loss
         ``loss(output, batch)``, a scalar: importances of rows and columns are gathered from its gradients, which forms
         such as ``fwsvd`` need. Each batch is run a second time for it.
+    drift
+        Measure how far each numbered layer moves the distribution that the model's head would give, averaged over tokens:
+        forms shared ``across='drift'`` need it. The model must end in a head that gives logits.
     recipe
         Gather what each site will see behind the sites before it as this recipe rewrites them, and fit them so, one after
         another: a fit then makes ``‖W X - Ŵ X'‖`` small, X' being what arrives there and X what would have (the update of
@@ -100,13 +105,14 @@ def calibrate(
     Returns
     -------
     Calibration
-        Gram matrices (float64, not divided by the number of tokens), means, largest values, and a sample.
+        Gram matrices (float64, not divided by the number of tokens), means, largest values, and a sample; the drift of
+        layers in ``.drift``.
 
     Raises
     ------
     CalibrationError
-        No batch was given, one does not fit the program's inputs, activations or gradients are not finite, or the recipe
-        shares between sites or has a budget.
+        No batch was given, one does not fit the program's inputs, activations or gradients are not finite, the recipe shares
+        between sites or has a budget, or `drift` is asked for and the model has no layers in a row or no logits.
 
     Examples
     --------
@@ -119,6 +125,7 @@ def calibrate(
     points = _points(sites)
     running = {key: RunningStats(use.features, sample) for key, use in points.items()}
     importances = Importances(program, sites, loss) if loss is not None else None
+    drifts = LayerDrift(program, sites) if drift else None
     probe: list[Any] = []
     count = 0
     held: list[list[Any]] = []
@@ -130,11 +137,13 @@ def calibrate(
             probe = leaves
         with torch.no_grad():
             try:
-                _Collector(program, points, running).run(*leaves)
+                _Collector(program, points, running, drifts).run(*leaves)
             except CalibrationError as error:  # torch adds where in its graph it was, in many lines
                 raise CalibrationError(str(error.args[0]).split("\n")[0]) from None
         if importances is not None:
             importances.add(leaves, batch)
+        if drifts is not None:
+            drifts.add()
         count += 1
     if not count:
         raise CalibrationError(
@@ -153,7 +162,8 @@ def calibrate(
     weights = program.weights
     digests = {site.name: tensor_digest(weights[site.weights[0]], sample=4096) for site in sites}
     weighed = importances.means() if importances is not None else {}
-    found = Calibration(program.fingerprint(), groups, members, probe, digests, weighed)
+    drifted = drifts.means() if drifts is not None else {}
+    found = Calibration(program.fingerprint(), groups, members, probe, digests, weighed, drift=drifted)
     if recipe is None:
         return found
     from recast.passes.sequential import behind_prefix  # which plans, and plans read calibrations
@@ -206,8 +216,15 @@ def _points(sites: list[LinearSite]) -> dict[Any, _Point]:
 class _Collector(fx.Interpreter):
     """Runs the program and hands each site's input over as it is computed."""
 
-    def __init__(self, program: Program, points: Mapping[Any, _Point], running: Mapping[Any, RunningStats]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        points: Mapping[Any, _Point],
+        running: Mapping[Any, RunningStats],
+        drifts: LayerDrift | None = None,
+    ) -> None:
         super().__init__(program.module)
+        self.drifts = drifts
         self.wanted: dict[fx.Node, list[tuple[Use, Any]]] = {}
         self.running = running
         self.names = {key: point.sites[0] for key, point in points.items()}
@@ -222,6 +239,8 @@ class _Collector(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        if self.drifts is not None:
+            self.drifts.see(n, value)
         if n in self.routes:
             self.routes[n] = value
         for use, key in self.wanted.get(n, ()):

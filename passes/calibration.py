@@ -45,6 +45,9 @@ class Calibration:
         Fisher information of each site's rows and columns, and of those of its parts, where a loss was given.
     behind
         Digest of the recipe whose rewritten sites these statistics were gathered behind; empty for the model as it is.
+    drift
+        Of each numbered layer but the last, where it was asked for: the Kullback-Leibler divergence of the next one's output
+        distribution from its own, in nats.
     """
 
     fingerprint: str
@@ -54,6 +57,7 @@ class Calibration:
     weights: dict[str, str] = dataclasses.field(default_factory=dict)
     importance: dict[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     behind: str = ""
+    drift: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Calibration of {len(self.members)} sites on {self.tokens:,} tokens, program {self.fingerprint[:12]}>"
@@ -80,6 +84,7 @@ class Calibration:
         """Digest of the statistics, whatever model they belong to; 16 hex digits."""
         text = "".join(f"{name}{stats.hash}" for name, stats in sorted(self.groups.items()))
         text += "".join(f"{name}{self.of(name).hash}" for name in sorted(self.members) if name in self.importance)
+        text += "".join(f"{name}{value!r}" for name, value in sorted(self.drift.items()))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self, program: Program, recipe: Recipe | None = None) -> None:
@@ -116,7 +121,9 @@ class Calibration:
                 )
             members[site.name] = self.members[site.name]
         groups = {group: self.groups[group] for group in members.values()}
-        return Calibration(program.fingerprint(), groups, members, [], self.weights, self.importance, self.behind)
+        return Calibration(
+            program.fingerprint(), groups, members, [], self.weights, self.importance, self.behind, self.drift
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write statistics as one safetensors file, under a temporary name first."""
@@ -142,6 +149,7 @@ class Calibration:
             "members": json.dumps(self.members),
             "tokens": json.dumps(counts),
             "weights": json.dumps(self.weights),
+            "drift": json.dumps(self.drift),
             "behind": self.behind,
             "probe": json.dumps({"length": len(self.probe), "constants": constants}),
         }
@@ -202,9 +210,11 @@ class Calibration:
         described = json.loads(meta["probe"])
         probe = [tensors.get(f"probe/{i}", described["constants"].get(str(i))) for i in range(described["length"])]
         members, weights = json.loads(meta["members"]), json.loads(meta["weights"])
+        drift = {str(name): float(value) for name, value in json.loads(meta.get("drift", "{}")).items()}
         start, end = "importance/", "/rows"
         weighed = {
             name: (tensors[f"{start}{name}/rows"], tensors[f"{start}{name}/columns"])
             for name in (k[len(start) : -len(end)] for k in tensors if k.startswith(start) and k.endswith(end))
         }
-        return Calibration(meta["fingerprint"], groups, members, probe, weights, weighed, meta.get("behind", ""))
+        behind = meta.get("behind", "")
+        return Calibration(meta["fingerprint"], groups, members, probe, weights, weighed, behind, drift)

@@ -101,6 +101,8 @@ def plan(
     ------
     RecipeError, FormError, WeightError, CalibrationError
         The recipe cannot be read, does not fit a weight, or weights or statistics are unusable.
+    PlanError
+        A budget is to choose among forms that it cannot weigh, or layers are to be grouped by a drift that was not measured.
     CoverageError
         Fewer parameters were matched than ``min_coverage`` asks for.
 
@@ -134,7 +136,7 @@ def plan(
             return [[entry] for entry in measured_entries(names, wanted[names[0]][0], targets, cache)]
         return [_measured(names[0], wanted[names[0]], targets, cache, spare)]
 
-    together = fitted_apart({name: forms[0] for name, forms in wanted.items()}, targets)
+    together = fitted_apart({name: forms[0] for name, forms in wanted.items()}, targets, calibration)
     for names, found in zip(
         together, mapped(measured, together, jobs=jobs, label="fitting", progress=progress), strict=True
     ):
@@ -259,9 +261,13 @@ def _is_dense(form: Form) -> bool:
     return str(form) == "dense"
 
 
-def fitted_apart(forms: Mapping[str, Form], targets: Mapping[str, Target]) -> list[list[str]]:
+def fitted_apart(
+    forms: Mapping[str, Form], targets: Mapping[str, Target], calibration: Calibration | None
+) -> list[list[str]]:
     """Names in groups that are fitted together: one each, but where a form shares something between several."""
-    groups = groups_of(forms, {name: targets[name].matrix.shape for name in forms}) + _same_input(forms, targets)
+    shapes = {name: targets[name].matrix.shape for name in forms}
+    drift = calibration.drift if calibration is not None else None
+    groups = groups_of(forms, shapes, drift) + _same_input(forms, targets)
     first = {group[0]: group for group in groups}
     rest = {name for group in groups for name in group[1:]}
     return [first.get(name, [name]) for name in forms if name not in rest]

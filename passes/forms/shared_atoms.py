@@ -89,8 +89,9 @@ class SharedAtoms(SharedForm):
     Notes
     -----
     MASA: matrix atom sharing, its training-free form ("Matrix PCA"), with the residual's whitened low-rank
-    approximation. Groups are runs of layers here, where the paper looks for runs whose output distributions drift little.
-    Weighting the components by the data, and solving for the coefficients again, are ours.
+    approximation. The paper groups consecutive layers whose output distributions drift little: ``across='drift'``, with a
+    calibration made with ``drift=True``; by default groups are runs of `group` layers. Weighting the components by the data, and
+    solving for the coefficients again, are ours.
 
     Examples
     --------

@@ -56,7 +56,7 @@ class ApplyForms(Pass):
             site = dataclasses.replace(site, name=name, uses=(use,))
             targets.update(targets_of([site], constants, context.calibration))
         forms = {name: entry.form for name, entry in context.plan.entries.items() if name in targets}
-        apart = fitted_apart(forms, targets)
+        apart = fitted_apart(forms, targets, context.calibration)
         together = {name: names for names in apart for name in names}
         if context.jobs is not None:
 

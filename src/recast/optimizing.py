@@ -14,6 +14,7 @@ from recast.lowering.base import lowering_named
 from recast.models import Model, load_model
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration, calibrate
+from recast.passes.forms.shared import needs_drift
 from recast.passes.plan import Plan, check_coverage, plan
 from recast.passes.recipe import Recipe
 from recast.passes.report import Report
@@ -89,7 +90,7 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
     model = load_model(request.model)
     program = model.program()
     cache = OperatorCache.default()
-    statistics = _statistics(request, model, program, recipe, cache)
+    statistics = _statistics(request, model, program, recipe, ready, cache)
     if statistics is not None and request.save_statistics is not None:
         statistics.save(request.save_statistics)
     if ready is None:
@@ -119,7 +120,7 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _statistics(
-    request: Request, model: Model, program: Program, recipe: Recipe, cache: OperatorCache
+    request: Request, model: Model, program: Program, recipe: Recipe, ready: Plan | None, cache: OperatorCache
 ) -> Calibration | None:
     if request.calibrate is None:
         return None
@@ -133,4 +134,6 @@ def _statistics(
             )
         return found
     batches = read_batches(request.calibrate, model, batch_size=request.batch_size, limit=request.limit)
-    return calibrate(program, batches, recipe=recipe if request.sequential else None, cache=cache)
+    forms = [e.form for e in ready.entries.values()] if ready else [recipe.default, *(r.form for r in recipe.rules)]
+    asked = recipe if request.sequential else None
+    return calibrate(program, batches, recipe=asked, cache=cache, drift=needs_drift(forms))

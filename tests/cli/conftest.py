@@ -54,6 +54,23 @@ def nonfinite():
     return net, (torch.randn(2, 5, 32),)
 
 
+class Layered(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(4))
+        self.head = torch.nn.Linear(32, 50)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def layered():
+    return Layered().eval(), (torch.randn(2, 5, 32),)
+
+
 class Branching(torch.nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x

@@ -149,6 +149,27 @@ def test_optimize_by_plan_statistics_and_budget(cli: Cli, here: Path) -> None:
     assert "belong to model" in other.err
 
 
+def test_optimize_measures_drift_where_the_recipe_asks_for_it(cli: Cli, here: Path) -> None:
+    form = "shared_atoms(1, group=2, across='drift')"
+    where = ("optimize", "little:layered", "-t", "eager", "-o", "a", "--force")
+    plain = cli(*where, "-r", "int8", "-c", "x.safetensors", "--save-statistics", "plain.safetensors")
+    assert plain.status == 0, plain.err
+    for given, found in (((), "there is no calibration"), (("-c", "plain.safetensors"), "was made without")):
+        refused = cli(*where, "-r", form, *given)
+        assert refused.status == 2
+        assert found in refused.err
+    kept = ("--save-plan", "plan.yaml", "--save-statistics", "drift.safetensors")
+    first = cli(*where, "-r", form, "-c", "x.safetensors", *kept, "--json")
+    assert first.status == 0, first.err
+    assert len(first.json["sites"]) >= 2
+    again = cli(*where, "--plan", "plan.yaml", "-c", "drift.safetensors", "--json")
+    assert again.status == 0, again.err
+    assert [s["bytes_after"] for s in again.json["sites"]] == [s["bytes_after"] for s in first.json["sites"]]
+    # By the plan alone, statistics are made anew with what it needs.
+    anew = cli(*where, "--plan", "plan.yaml", "-c", "x.safetensors", "--json")
+    assert anew.status == 0, anew.err
+
+
 def test_a_missed_threshold_exits_with_one(cli: Cli, here: Path) -> None:
     text = (here / "little.py").read_text(encoding="utf-8")
     text += (
