@@ -12,57 +12,16 @@ from torch import Tensor, fx, nn
 from recast.passes.cache import OperatorCache
 from recast.passes.calibration import Calibration
 from recast.passes.drift import LayerDrift
-from recast.passes.forms.stats import SIZES, Stats, sizes_of
 from recast.passes.importance import Importances, Loss
 from recast.passes.progress import track
 from recast.passes.recipe import Recipe
+from recast.passes.running import RunningStats
 from recast.patterns.errors import CalibrationError
 from recast.patterns.linear.find import find_linear
 from recast.patterns.program import Program, tensor_digest
 from recast.patterns.sites import LinearSite, Use
 
-__all__ = ["Calibration", "RunningStats", "calibrate"]
-
-
-class RunningStats:
-    """Statistics being gathered: one pass, memory bounded by the Gram matrix and a small sample."""
-
-    def __init__(self, features: int, sample: int) -> None:
-        self.gram = torch.zeros(features, features, dtype=torch.float64)
-        self.total = torch.zeros(features, dtype=torch.float64)
-        self.absmax = torch.zeros(features, dtype=torch.float64)
-        self.sizes = torch.zeros(SIZES, dtype=torch.int64)
-        self.tokens = 0
-        self.wanted = sample
-        self.kept: list[Tensor] = []
-
-    def add(self, x: Tensor) -> None:
-        """Take in vectors (..., n)."""
-        vectors = x.detach().reshape(-1, x.shape[-1])
-        for chunk in vectors.split(8192):  # type: ignore[no-untyped-call]  # bounds the float64 copy
-            wide = chunk.double().cpu()
-            self.gram.addmm_(wide.T, wide)
-            self.total += wide.sum(0)
-            self.sizes += sizes_of(wide)
-            if len(wide):
-                self.absmax = torch.maximum(self.absmax, wide.abs().amax(0))
-        # An even sample of each batch, thinned so that all batches stay represented.
-        step = max(1, len(vectors) // self.wanted)
-        self.kept.append(vectors[::step][: self.wanted].cpu().clone())
-        self.tokens += len(vectors)
-        if sum(map(len, self.kept)) > 2 * self.wanted:
-            self.kept = [_thin(torch.cat(self.kept), self.wanted)]
-
-    def stats(self) -> Stats:
-        """Return the statistics of all vectors so far."""
-        sample = _thin(torch.cat(self.kept), self.wanted) if self.kept else None
-        return Stats(self.gram, self.total / max(1, self.tokens), self.absmax, self.tokens, sample, sizes=self.sizes)
-
-
-def _thin(rows: Tensor, count: int) -> Tensor:
-    if len(rows) <= count:
-        return rows
-    return rows[torch.linspace(0, len(rows) - 1, count).long()].clone()
+__all__ = ["Calibration", "calibrate"]
 
 
 def calibrate(

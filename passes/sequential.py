@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from recast.passes.cache import OperatorCache
-from recast.passes.calibrate import RunningStats
 from recast.passes.calibration import Calibration
 from recast.passes.plan import Skip, Target, decide, forms_by_name, measured_entries, targets_of
 from recast.passes.progress import track
 from recast.passes.recipe import Recipe
+from recast.passes.running import RunningStats
 from recast.patterns.constants import Constants
 from recast.patterns.errors import CalibrationError
 from recast.patterns.linear.find import as_matrix, find_linear
