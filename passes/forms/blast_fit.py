@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from recast.passes.forms.linear_algebra import leading_subspace, pseudo_inverse
+from recast.passes.forms.linear_algebra import leading_subspace, pseudo_inverse, solve_positive
 
 __all__ = ["fit_blast"]
 
@@ -115,5 +115,4 @@ def _descend(state: _State, target: Tensor, gram: Tensor | None, iterations: int
 def _solved(gram: Tensor, right: Tensor, damping: float) -> Tensor:
     floor = gram.diagonal(dim1=-1, dim2=-2).amax(-1) * 1e-10 + torch.finfo(gram.dtype).tiny ** 0.5
     ridge = damping + floor[..., None, None] if gram.dim() == 3 else damping + floor
-    solved: Tensor = torch.linalg.solve(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype), right)
-    return solved
+    return solve_positive(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype), right)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recast.passes.forms.linear_algebra import gram_root, leading_subspace, pseudo_inverse
+from recast.passes.forms.linear_algebra import gram_root, leading_subspace, pseudo_inverse, solve_positive
 
 __all__ = ["fit_dictionary", "pursue"]
 
@@ -109,7 +109,7 @@ def _pursue(met: Tensor, inner: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
         system = inner[chosen.unsqueeze(2), chosen.unsqueeze(1)]
         # Atoms may be alike: the ridge is far below what rounding leaves of the fit.
         ridge = 1e-12 * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-        values = torch.linalg.solve(system + ridge, met.gather(1, chosen).unsqueeze(2)).squeeze(2)
+        values = solve_positive(system + ridge, met.gather(1, chosen).unsqueeze(2)).squeeze(2)
         codes = torch.zeros_like(met).scatter(1, chosen, values)
     return codes, mask
 
