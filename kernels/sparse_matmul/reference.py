@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+_SLAB = 256
+
+
 def index_bits(of: int) -> int:
     """Return how many bits a place in a group of `of` takes."""
     return max(1, (of - 1).bit_length())
@@ -59,6 +62,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     [[57, 3]]
     """
     m, k = codes.shape
+    if m > _SLAB:
+        return torch.cat([pack_bits(rows, bits) for rows in codes.split(_SLAB)])  # type: ignore[no-untyped-call]
     width = packed_bytes(k, bits) * 8
     places = torch.arange(bits, device=codes.device, dtype=torch.uint8)
     single = (codes.to(torch.uint8).unsqueeze(-1) >> places & 1).reshape(m, k * bits)
@@ -83,10 +88,14 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def nm_pack(weight: Tensor, mask: Tensor, keep: int, of: int) -> tuple[Tensor, Tensor]:
     """Take the values (m, kept) at a mask (m, n) with `keep` of every `of` set, and their packed places."""
-    m, n = weight.shape
-    kept = kept_count(n, keep, of)
-    columns = mask.nonzero()[:, 1].reshape(m, kept)
-    return weight.gather(1, columns), pack_bits(columns % of, index_bits(of))
+    kept = kept_count(weight.shape[1], keep, of)
+    values, places = [], []
+    # Slabs of rows bound the memory that the columns take, eight bytes each.
+    for rows, marks in zip(weight.split(_SLAB), mask.split(_SLAB), strict=True):  # type: ignore[no-untyped-call]
+        columns = marks.nonzero()[:, 1].reshape(len(rows), kept)
+        values.append(rows.gather(1, columns))
+        places.append(pack_bits(columns % of, index_bits(of)))
+    return torch.cat(values), torch.cat(places)
 
 
 def nm_to_dense(values: Tensor, indices: Tensor, *, keep: int, of: int, features: int) -> Tensor:

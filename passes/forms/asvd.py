@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.algebra import Product
+from recast.passes.forms.linear_algebra import times
 from recast.passes.forms.low_rank import LowRank, factors
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
@@ -58,9 +59,10 @@ class ActivationScaled(LowRank):
             size = mean_size(stats).to(weight.device)
             # A feature that is never seen keeps a little weight, or its column could not be scaled back.
             scale = torch.where(size.any(), size + 1e-6 * size.mean(), 1).pow(self.alpha)
-        scaled = weight.double() * scale
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scaled = weight.to(wide) * scale.to(wide)
         left = self.subspace(scaled, None, self.rank_for((weight.shape[0], weight.shape[1])))
-        return factors(left, left.T @ scaled / scale, weight.dtype)
+        return factors(left, times(scaled.T, left).T / scale, weight.dtype)
 
 
 def mean_size(stats: Stats) -> Tensor:

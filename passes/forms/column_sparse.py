@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.form import NamedForm
-from recast.passes.forms.linear_algebra import pseudo_inverse
+from recast.passes.forms.linear_algebra import pseudo_inverse, times
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.pruning import scores
 from recast.passes.forms.sparse import Sparse
@@ -126,13 +126,13 @@ class ColumnSparseForm(NamedForm):
 
     def solve(self, weight: Tensor, stats: Stats | None) -> ColumnSparse:
         shape = (weight.shape[0], weight.shape[1])
-        size = scores(weight, stats, "wanda").double().sum(0)
+        size = scores(weight, stats, "wanda").sum(0, dtype=torch.float64)
         columns = torch.sort(torch.sort(size, descending=True, stable=True).indices[: self.kept(shape)]).values
         values = weight[:, columns]
         if stats is not None and stats.gram is not None:
             gram = stats.gram.to(weight.device, torch.float64)
             # What the kept columns are short of on the data; where they see nothing they stay as they are.
-            rest = weight.double().index_fill(1, columns, 0)
-            solved = values.double() + rest @ gram[:, columns] @ pseudo_inverse(gram[columns][:, columns])
-            values = solved.to(weight.dtype)
+            rest = weight.index_fill(1, columns, 0)
+            explained = gram[:, columns] @ pseudo_inverse(gram[columns][:, columns])
+            values = (values.double() + times(rest, explained)).to(weight.dtype)
         return ColumnSparse(Dense(values.contiguous()), columns.to(torch.int32), shape[1])

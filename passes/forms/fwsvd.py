@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.algebra import Product
+from recast.passes.forms.linear_algebra import times
 from recast.passes.forms.low_rank import LowRank, factors
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import CalibrationError, FormError, nearest
@@ -75,9 +76,10 @@ class FisherWeighted(LowRank):
             )
         rows = _root(stats.row_importance.to(weight.device), self.axis != "columns").unsqueeze(1)
         columns = _root(stats.column_importance.to(weight.device), self.axis != "rows")
-        scaled = weight.double() * rows * columns
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scaled = weight.to(wide).mul(rows.to(wide)).mul_(columns.to(wide))
         left = self.subspace(scaled, None, self.rank_for((weight.shape[0], weight.shape[1])))
-        return factors(left / rows, left.T @ scaled / columns, weight.dtype)
+        return factors(left / rows, times(scaled.T, left).T / columns, weight.dtype)
 
 
 def _root(importance: Tensor, used: bool) -> Tensor:

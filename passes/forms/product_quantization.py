@@ -20,7 +20,7 @@ __all__ = ["ProductQuantization", "assign", "cluster_vectors"]
 # Rounds of clustering, vectors of each block that take part in them, and vectors that are compared at once.
 _ROUNDS = 25
 _SAMPLE = 1 << 16
-_SLAB = 1 << 14
+_SLAB = 1 << 12
 
 
 def assign(vectors: Tensor, weights: Tensor, centres: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,8 @@ _NORM_EPS = 1e-5
 _DEAD = 1e-8
 # Columns whose errors are passed on to the rest of the row together.
 _BLOCK = 128
+# Rows that are looked at together, where rows do not meet.
+_ROWS = 256
 
 
 def check_method(form: str, method: str | None) -> None:
@@ -77,12 +80,14 @@ def scores(weight: Tensor, stats: Stats | None, method: str) -> Tensor:
     if method == "magnitude":
         return wide(weight).square()
     base = normalised(wide(weight))[0] if method == "nowag" else wide(weight)
-    return base.square() * input_energy(weight, stats).to(base.dtype)
+    return base.square().mul_(input_energy(weight, stats).to(base.dtype))
 
 
 def top_of_groups(score: Tensor, keep: int, of: int) -> Tensor:
     """Mark the `keep` largest of every `of` values in a row of (m, n), and as many of what is left over at its end."""
     m, n = score.shape
+    if m > _ROWS:  # places take eight bytes each
+        return torch.cat([top_of_groups(rows, keep, of) for rows in torch.split(score, _ROWS)])
     groups = -(-n // of)
     filled = torch.nn.functional.pad(score, (0, groups * of - n), value=-1).reshape(m, groups, of)
     mask = torch.zeros_like(filled, dtype=torch.bool).scatter_(2, filled.topk(keep, dim=2).indices, True)
@@ -91,8 +96,18 @@ def top_of_groups(score: Tensor, keep: int, of: int) -> Tensor:
 
 def top_of_all(score: Tensor, count: int) -> Tensor:
     """Mark the `count` largest values of a matrix; of equal ones the first."""
-    mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    mask[torch.sort(score.reshape(-1), descending=True, stable=True).indices[:count]] = True
+    flat = score.reshape(-1)
+    if count == 0 or count == len(flat):
+        return torch.full(score.shape, count > 0, device=score.device)
+    # The value that the last one kept has, rather than an order of all, whose places take eight bytes each.
+    place = len(flat) - count
+    if flat.device.type == "cpu":
+        last = torch.from_numpy(np.partition(flat.numpy(), place))[place]
+    else:
+        last = torch.sort(flat).values[place]
+    mask = flat > last
+    equal = (flat == last).nonzero()[:, 0]
+    mask[equal[: count - int(mask.sum())]] = True
     return mask.reshape(score.shape)
 
 
@@ -151,4 +166,5 @@ def obs_prune(weight: Tensor, gram: Tensor, choose: Choose, step: int, damping: 
                 rows[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
         if end < n:
             rows[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
-    return torch.where(mask, rows, 0).T.contiguous(), mask.T.contiguous()
+    del upper, pivots
+    return rows.masked_fill_(~mask, 0).T, mask.T

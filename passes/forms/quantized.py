@@ -228,6 +228,12 @@ def fit_quantized(
 _Scales = tuple[Tensor, Tensor | None]
 
 
+def _slabs(m: int, n: int) -> list[slice]:
+    """Cut the rows of a matrix (m, n) into stretches of `_SLAB` values."""
+    step = max(1, _SLAB // n)
+    return [slice(start, min(start + step, m)) for start in range(0, m, step)]
+
+
 def _compensated(
     weight: Tensor,
     gram: Tensor,
@@ -265,7 +271,16 @@ def _compensated(
     )
     new_scale = steps.T.contiguous()
     new_zero = None if zero is None else offsets.T.to(zero.dtype).contiguous()
-    codes = reference.quantize(found, new_scale, new_zero, bits=bits, group=group, reduce_range=reduce_range)
+    parts = []
+    for rows in _slabs(*found.shape):
+        # One scale stands for all rows, or each has its own.
+        mine = rows if len(new_scale) > 1 else slice(None)
+        offset = None if new_zero is None else new_zero[mine]
+        part = found[rows]
+        parts.append(
+            reference.quantize(part, new_scale[mine], offset, bits=bits, group=group, reduce_range=reduce_range)
+        )
+    codes = torch.cat(parts)
     take = take.unsqueeze(1)
     if len(scale) < len(weight):  # one for all rows, which no rounding has changed
         return torch.where(take, codes, values), scale, zero

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.linear_algebra import inverse_factor
-from recast.passes.forms.stats import row_errors
+from recast.passes.forms.stats import gap_errors
 
 __all__ = [
     "ROUNDINGS",
@@ -96,7 +96,7 @@ def gptq(
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(n)
     # An input that is always zero may be rounded as it likes, and moves nothing.
     upper = inverse_factor(gram[order][:, order] if act_order else gram, damping, dead=1.0).to(weight.dtype)
-    left = weight.T[order].contiguous()  # inputs first, so that each is one stretch of memory
+    left = weight.T[order] if act_order else weight.T.clone(memory_format=torch.contiguous_format)  # inputs come first
     places = order.tolist()
     width = n if group is None else group
     for start, stop in _blocks(n, width if choose is not None else n):
@@ -110,9 +110,7 @@ def gptq(
             left[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
         if stop < n:
             left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    found = torch.empty_like(left)
-    found[order] = left
-    return found.T
+    return left[torch.argsort(order)].T if act_order else left.T
 
 
 def _blocks(n: int, group: int) -> list[tuple[int, int]]:
@@ -222,4 +220,4 @@ def compensated(
     found = gptq(weight, gram, snap, group=group, choose=choose, act_order=act_order)
     if rounding == "quantease":
         found = quantease(weight, gram, found, snap)
-    return found, row_errors(weight - found, gram) < row_errors(weight - nearest, gram)
+    return found, gap_errors(weight, found, gram) < gap_errors(weight, nearest, gram)

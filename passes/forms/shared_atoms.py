@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recast.passes.forms.algebra import Sum
 from recast.passes.forms.form import NamedForm
-from recast.passes.forms.linear_algebra import leading_subspace
+from recast.passes.forms.linear_algebra import leading_subspace, times
 from recast.passes.forms.low_rank import factors
 from recast.passes.forms.operator import Cost, Dense, Operator, Refit, matmul_cost
 from recast.passes.forms.shared import SharedForm, pooled
@@ -20,6 +20,10 @@ from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
 __all__ = ["Atoms", "SharedAtoms"]
+
+
+# Rows that are added up in float64 at a time.
+_ROWS = 256
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -135,19 +139,14 @@ class SharedAtoms(SharedForm):
         return Sum((atoms, thin))
 
     def solve_together(self, weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> list[Operator]:
-        wide = [weight.double() for weight in weights]
         together = pooled(stats)
-        gram = None if together is None or together.gram is None else together.gram.to(wide[0].device)
-        mixing = _components(wide, gram, min(self.atoms, len(wide)))
-        found = [
-            sum((w * c for w, c in zip(wide, column, strict=True)), torch.zeros_like(wide[0])) for column in mixing
-        ]
-        atoms = tuple(Dense(atom.to(weights[0].dtype).contiguous()) for atom in found)
-        held = torch.stack([atom.weight.double() for atom in atoms])
+        gram = None if together is None or together.gram is None else together.gram.to(weights[0].device)
+        mixing = _components(weights, gram, min(self.atoms, len(weights)))
+        atoms = tuple(Dense(_mixed(weights, column)) for column in mixing)
         made: list[Operator] = []
         for weight, known in zip(weights, stats, strict=True):
             own = None if known is None or known.gram is None else known.gram.to(weight.device)
-            coefficients = _coefficients(weight.double(), held, own)
+            coefficients = _coefficients(weight, [atom.weight for atom in atoms], own)
             part = Atoms(coefficients.to(torch.promote_types(weight.dtype, torch.float32)), atoms)
             made.append(self._with_residual(part, weight, own))
         return made
@@ -155,15 +154,38 @@ class SharedAtoms(SharedForm):
     def _with_residual(self, part: Atoms, weight: Tensor, gram: Tensor | None) -> Operator:
         if not self.rank:
             return part
-        rest = weight.double() - part.to_dense().double()
+        rest = weight.to(torch.promote_types(weight.dtype, torch.float32)) - part.to_dense()
         left = leading_subspace(rest, gram, rank=self.rank)
-        return Sum((part, factors(left, left.T @ rest, weight.dtype)))
+        return Sum((part, factors(left, times(rest.T, left).T, weight.dtype)))
 
 
-def _components(weights: list[Tensor], gram: Tensor | None, count: int) -> Tensor:
+def _mixed(weights: Sequence[Tensor], mixing: Tensor) -> Tensor:
+    """A combination of matrices, in their dtype, added up in float64 a few rows at a time."""
+    found = torch.empty_like(weights[0], memory_format=torch.contiguous_format)
+    for rows in _slabs(found):
+        parts = (weight[rows].double() * share for weight, share in zip(weights, mixing, strict=True))
+        found[rows] = sum(parts, torch.zeros_like(found[rows], dtype=torch.float64))
+    return found
+
+
+def _inner(weights: Sequence[Tensor], others: Sequence[Tensor], gram: Tensor | None) -> Tensor:
+    """Inner products ``tr(A G Bᵀ)`` of matrices with others, float64."""
+    found = torch.zeros(len(weights), len(others), dtype=torch.float64, device=weights[0].device)
+    for rows in _slabs(weights[0]):
+        parts = [other[rows].double() for other in others]
+        for i, weight in enumerate(weights):
+            seen = weight[rows].double() if gram is None else weight[rows].double() @ gram.double()
+            found[i] += torch.stack([(seen * part).sum() for part in parts])
+    return found
+
+
+def _slabs(matrix: Tensor) -> list[slice]:
+    return [slice(start, start + _ROWS) for start in range(0, len(matrix), _ROWS)]
+
+
+def _components(weights: Sequence[Tensor], gram: Tensor | None, count: int) -> Tensor:
     """Combinations (count, L) of the matrices that are their leading principal components, of unit size."""
-    seen = weights if gram is None else [weight @ gram for weight in weights]
-    inner = torch.stack([torch.stack([(a * b).sum() for b in weights]) for a in seen])
+    inner = _inner(weights, weights, gram)
     values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
     values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
     # Of matrices that depend on each other linearly there are fewer components than were asked for.
@@ -172,10 +194,9 @@ def _components(weights: list[Tensor], gram: Tensor | None, count: int) -> Tenso
     return mixing
 
 
-def _coefficients(weight: Tensor, atoms: Tensor, gram: Tensor | None) -> Tensor:
+def _coefficients(weight: Tensor, atoms: Sequence[Tensor], gram: Tensor | None) -> Tensor:
     """The c that minimises ``‖(W - Σ c_s D_s) X‖``: the normal equations, of the size of the number of atoms."""
-    seen = atoms if gram is None else atoms @ gram
-    flat = seen.flatten(1)
-    normal = flat @ atoms.flatten(1).T
-    found: Tensor = torch.linalg.pinv((normal + normal.T) / 2, hermitian=True) @ (flat @ weight.flatten())
+    inner = _inner(atoms, [*atoms, weight], gram)
+    normal = inner[:, :-1]
+    found: Tensor = torch.linalg.pinv((normal + normal.T) / 2, hermitian=True) @ inner[:, -1]
     return found

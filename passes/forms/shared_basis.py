@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recast.passes.forms.algebra import Product
 from recast.passes.forms.form import NamedForm, Scalar
-from recast.passes.forms.linear_algebra import behind, best_left, leading_subspace
+from recast.passes.forms.linear_algebra import behind, best_left, leading_subspace, times
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.shared import SharedForm, pooled
 from recast.passes.forms.stats import Stats
@@ -100,11 +100,13 @@ class SharedBasis(SharedForm):
     def solve_together(self, weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> list[Operator]:
         m, n = weights[0].shape
         rank = min(self.rank_for((m, n), len(weights)), n)
-        stacked = torch.cat([weight.double() for weight in weights])
+        wide = torch.promote_types(weights[0].dtype, torch.float32)
+        stacked = torch.cat([weight.to(wide) for weight in weights])
         together = pooled(stats)
         gram = None if together is None or together.gram is None else together.gram.to(stacked.device)
         left = leading_subspace(stacked, gram, rank=min(rank, len(stacked)))
-        found = left.T @ stacked
+        found = times(stacked.T, left).T
+        del stacked
         if len(found) < rank:  # more directions than rows: the rest is zero
             found = torch.nn.functional.pad(found, (0, 0, 0, rank - len(found)))
             left = torch.nn.functional.pad(left, (0, rank - left.shape[1]))

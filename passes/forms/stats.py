@@ -16,7 +16,7 @@ from recast.patterns.errors import CalibrationError
 if TYPE_CHECKING:
     from recast.passes.forms.operator import Operator
 
-__all__ = ["SIZES", "Stats", "relative_error", "row_errors", "sizes_of", "squared_error"]
+__all__ = ["SIZES", "Stats", "gap_errors", "relative_error", "row_errors", "sizes_of", "squared_error"]
 
 # Sizes of inputs are counted in bins of a 32nd of an octave, 2^-32 to 2^32; the first holds zeros and what is smaller.
 _OCTAVE, _REACH = 32, 32
@@ -294,10 +294,15 @@ def row_errors(difference: Tensor, gram: Tensor | None) -> Tensor:
     return total.clamp_min(0)
 
 
-def squared_error(weight: Tensor, dense: Tensor, gram: Tensor | None) -> float:
-    """``‖(W - Ŵ)X‖²`` of two matrices (m, n), or ``‖W - Ŵ‖²``, in float64 without a float64 copy of either as a whole."""
+def gap_errors(weight: Tensor, dense: Tensor, gram: Tensor | None) -> Tensor:
+    """`row_errors` of the difference of two matrices (m, n), which is never there as a whole."""
     pairs = zip(torch.split(weight, _SLAB), torch.split(dense, _SLAB), strict=True)
-    return sum(float(row_errors(a.double() - b.double(), gram).sum()) for a, b in pairs)
+    return torch.cat([row_errors(a.double() - b.double(), gram) for a, b in pairs])
+
+
+def squared_error(weight: Tensor, dense: Tensor, gram: Tensor | None) -> float:
+    """``‖(W - Ŵ)X‖²`` of two matrices (m, n), or ``‖W - Ŵ‖²``, in float64."""
+    return float(gap_errors(weight, dense, gram).sum())
 
 
 def relative_error(weight: Tensor, operator: Operator, stats: Stats | None = None) -> tuple[float, float | None]:

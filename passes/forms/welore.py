@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.form import NamedForm
+from recast.passes.forms.linear_algebra import output_gram
 from recast.passes.forms.low_rank import LowRank
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.stats import Stats
@@ -64,9 +65,7 @@ class WeLore(NamedForm):
 
     def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
         m, n = weight.shape
-        wide = weight.double()
-        square = wide @ wide.T if m <= n else wide.T @ wide
-        values = torch.linalg.eigvalsh(square).clamp_min(0).sqrt()
+        values = torch.linalg.eigvalsh(output_gram(weight if m <= n else weight.T)).clamp_min(0).sqrt()
         rank = max(1, int((values >= self.threshold * values[-1]).sum())) if bool(values[-1] > 0) else 1
         if rank * (m + n) >= (1 - self.least_cut) * m * n:
             return Dense(weight)
