@@ -15,6 +15,7 @@ from recast.passes.dialect import inline_dialect
 from recast.passes.forms.operator import Operator
 from recast.passes.meta import fake_mode_of
 from recast.passes.module import OperatorModule
+from recast.patterns.errors import FormError
 from recast.patterns.program import Program, set_by_path
 
 __all__ = ["Choose", "Emit", "inline_operators"]
@@ -118,11 +119,14 @@ def _emit(
 
     with _disable_current_modes():
         fakes = [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in held]
-    with torch.no_grad():
+    with torch.no_grad(), mode:  # what an operator makes from nothing, such as a range, is fake as well
         traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*operands, *fakes)
     traced.graph.eliminate_dead_code()  # questions about dtypes, asked while tracing, are recorded too
     if traced.graph.find_nodes(op="get_attr"):
-        raise TypeError(f"kernel of '{module.site}' closes over a tensor; it must take all tensors from its operator")
+        raise FormError(
+            f"site '{module.site}': what runs the operator '{module.operator.kind}' reads a tensor that the operator does not "
+            "name, or makes one from numbers; its own_tensors would hold it"
+        )
     return _Emitted(traced.graph, fakes)
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
+import re
+import sys
 import threading
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from recast.passes.errors_of import measured_errors, predicted_errors
-from recast.passes.forms.form import Form
+from recast.passes.forms.form import Form, NamedForm
 from recast.passes.forms.operator import Operator, below, common_tensors
 from recast.passes.forms.stats import Stats
 from recast.passes.unfinished import kept_in, read_whole, write_whole
@@ -25,6 +29,22 @@ from recast.patterns.program import tensor_digest
 __all__ = ["Fitted", "OperatorCache", "cache_directory"]
 
 _VERSION = "3"  # raise it when a fit or a stored layout changes
+
+
+def _sources(form: Form) -> list[str]:
+    """Digests of the files that define the forms of other packages named in this one: an edited fit is another fit."""
+    known = NamedForm._names
+    kinds = [known[name] for name in sorted(set(re.findall(r"[A-Za-z_]\w*", str(form))) & known.keys())]
+    return [_source(kind) for kind in kinds if not kind.__module__.startswith("recast.")]
+
+
+@functools.cache
+def _source(kind: type[NamedForm]) -> str:
+    path = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else uuid.uuid4().hex
+    except OSError:
+        return uuid.uuid4().hex  # a class of a notebook, say: known as long as this process runs
 
 
 def cache_directory() -> Path | None:
@@ -118,7 +138,8 @@ class OperatorCache:
         WeightError
             As `fit`.
         """
-        identity = (*(matrix.place for matrix in matrices), str(form), *(s.hash if s else "-" for s in stats))
+        asked = (str(form), *_sources(form), *(s.hash if s else "-" for s in stats))
+        identity = (*(matrix.place for matrix in matrices), *asked)
         version = tuple(matrix.version for matrix in matrices)
         if identity in self.held:
             references, known, fitted = self.held[identity]
@@ -159,7 +180,8 @@ class OperatorCache:
     @staticmethod
     def key(weight: Tensor, form: Form, stats: Stats | None) -> str:
         """Name under which an operator is kept."""
-        parts = (_VERSION, torch.__version__, tensor_digest(weight), str(form), stats.hash if stats else "-")
+        known = stats.hash if stats else "-"
+        parts = (_VERSION, torch.__version__, tensor_digest(weight), str(form), known, *_sources(form))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _path(self, key: str) -> Path | None:

@@ -155,14 +155,17 @@ class PipeForm(Form):
         if not self.right.refits:
             raise FormError(self.needless(self.right))
         if not self.left.dense_leaves:
-            raise FormError(
-                f"'{self.left}' leaves no dense factor for '| {self.right}' to refit; "
-                "low_rank, block_diagonal or dense on the left would work"
-            )
+            raise FormError(self._nothing())
         if self.right.shared_part is not None:
             raise FormError(
                 f"'| {self.right}' would share factors of different layers; '{self.right}' alone would work"
             )
+
+    def _nothing(self) -> str:
+        return (
+            f"'{self.left}' leaves no dense factor for '| {self.right}' to refit; "
+            "low_rank, block_diagonal or dense on the left would work"
+        )
 
     @staticmethod
     def needless(right: Form) -> str:
@@ -184,6 +187,8 @@ class PipeForm(Form):
         self.left.check(shape, where)
         made = self.left.outline(shape)
         if made is not None:
+            if not made.has_dense_leaves():
+                raise FormError(self._nothing())
 
             def look(leaf: Dense, path: str) -> Operator:
                 self.right.check(leaf.shape, f"the factor {path} of {where}" if where else f"its factor {path}")

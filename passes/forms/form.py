@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -146,11 +147,24 @@ class Form(abc.ABC):
         aim, seen = weight, stats
         if stats is not None and stats.cross is not None:
             aim, seen = stats.aimed(weight), replace(stats, cross=None)
-        operator = self.solve(aim, seen)
+        operator = self._solved(aim, seen, where)
         if seen is None or seen.gram is None or (self.optimal_on_data and aim is weight):
             return operator
-        free = self.solve(weight, None)
+        free = self._solved(weight, None, where)
         return min((operator, free), key=lambda found: data_error(aim, found, seen))
+
+    def _solved(self, weight: Tensor, stats: Stats | None, where: str | None) -> Operator:
+        """What `solve` gives, once it is an operator of the weight's shape and dtype."""
+        made, at = self.solve(weight, stats), f" at {where}" if where else ""
+        if not isinstance(made, Operator):
+            raise FormError(f"{self}: solve gave a {type(made).__name__}{at}; an Operator, such as Dense, would work")
+        wanted = (tuple(weight.shape), weight.dtype)
+        if (tuple(made.shape), made.dtype) != wanted:
+            raise FormError(
+                f"{self}: solve gave an operator {tuple(made.shape)} of {made.dtype}{at}; "
+                f"{wanted[0]} of {wanted[1]}, as the weight, would work"
+            )
+        return made
 
     def checked(self, weight: Tensor, stats: Stats | None, where: str | None = None) -> Tensor:
         """Return the weight without its history, once it, its shape and the statistics are fit for a fit; errors as there."""
@@ -240,7 +254,9 @@ class NamedForm(Form):
             return
         taken = NamedForm._names.get(name)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise TypeError(f"form {name!r} is defined by both {taken.__module__} and {cls.__module__}")
+            raise TypeError(
+                f"form {name!r} is defined by both {taken.__module__} and {cls.__module__}; another name would work"
+            )
         NamedForm._names[name] = cls
 
     @classmethod
@@ -315,8 +331,25 @@ class NamedForm(Form):
             if f.default is dataclasses.MISSING and f.name not in values
         ]
         if missing:
-            raise FormError(f"{cls.name}: parameter {missing[0]!r} is missing; {cls.name}({missing[0]}=...) would work")
+            needed = ", ".join(f"{name}=..." for name in [*values, *missing])
+            raise FormError(f"{cls.name}: parameter {missing[0]!r} is missing; {cls.name}({needed}) would work")
         return cls(**values)
+
+    @classmethod
+    def unfinished(cls) -> str | None:
+        """Say what the class lacks to be a form, and what would work, or None."""
+        if not re.fullmatch(r"[A-Za-z_]\w*", cls.name):
+            return "has a name that a form's text cannot hold; letters, digits and '_' would work"
+        if cls.__abstractmethods__:
+            return f"has no {', '.join(sorted(cls.__abstractmethods__))}; define what NamedForm leaves abstract"
+        settings = cls.__dict__.get("__dataclass_params__")
+        if settings is None or not settings.frozen:
+            return "is no frozen dataclass; @dataclass(frozen=True) above the class would work"
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):  # type: ignore[arg-type]  # it is one
+            if not all(kind in _KIND_TEXT for kind in _kinds(hints[f.name])):
+                return f"has a parameter {f.name!r} of type {f.type}; bool, int, float or str would work"
+        return None
 
     def __str__(self) -> str:
         given = [

@@ -68,7 +68,10 @@ class Operator(abc.ABC):
             return
         taken = Operator._kinds.get(kind)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise TypeError(f"operator kind {kind!r} is defined by both {taken.__module__} and {cls.__module__}")
+            raise TypeError(
+                f"operator kind {kind!r} is defined by both {taken.__module__} and {cls.__module__}; "
+                "another kind would work"
+            )
         Operator._kinds[kind] = cls
 
     # What a subclass says.
@@ -135,7 +138,13 @@ class Operator(abc.ABC):
         """Return the same structure holding other tensors, without copying or looking at a value."""
         own = {name: tensors[name] for name in self.own_tensors()}
         children = {name: child.with_tensors(below(tensors, name)) for name, child in self.children().items()}
-        return cast(Self, type(self).build(self.fields(), own, children))
+        try:
+            return cast(Self, type(self).build(self.fields(), own, children))
+        except KeyError as error:
+            raise FormError(
+                f"operator {self.kind!r}: build reads {error}, which its own_tensors, fields and children do not give; "
+                "they have to hold all that build reads, by the same names"
+            ) from error
 
     def config(self) -> dict[str, Any]:
         """Return the structure as JSON-able data; with `tensors` it is the whole operator."""

@@ -12,6 +12,7 @@ from recast.patterns.plugins import offered
 __all__ = ["discover", "form_named", "forms", "module_forms"]
 
 _discovered = False
+_finished: set[type[NamedForm]] = set()
 
 
 def discover() -> None:
@@ -36,8 +37,7 @@ def forms() -> dict[str, type[NamedForm]]:
     >>> [name for name in forms() if name.startswith("int")]
     ['int2', 'int3', 'int4', 'int8']
     """
-    discover()
-    return {name: form for name, form in sorted(NamedForm._names.items()) if form.site_kind == "linear"}
+    return {name: form for name, form in _every() if form.site_kind == "linear"}
 
 
 def module_forms() -> dict[str, type[NamedForm]]:
@@ -48,8 +48,19 @@ def module_forms() -> dict[str, type[NamedForm]]:
     >>> module_forms()["nystrom"].site_kind
     'mlp'
     """
+    return {name: form for name, form in _every() if form.site_kind != "linear"}
+
+
+def _every() -> list[tuple[str, type[NamedForm]]]:
     discover()
-    return {name: form for name, form in sorted(NamedForm._names.items()) if form.site_kind != "linear"}
+    found = sorted(NamedForm._names.items())
+    for name, form in found:
+        if form not in _finished:
+            problem = form.unfinished()
+            if problem is not None:
+                raise FormError(f"form {name!r} ({form.__module__}.{form.__qualname__}) {problem}")
+            _finished.add(form)
+    return found
 
 
 def form_named(name: str) -> type[NamedForm]:

@@ -179,24 +179,35 @@ def forms_by_target() -> list[dict[str, Any]]:
     ]
     rows += [row for row in combined if _reads(row["example"])]
     texts = [row["example"] for row in rows]
-    program = capture(_Branches(len(rows)).eval(), (torch.randn(4, 64),))
-    rules = tuple(Rule(f"form.{i}", Form.parse(text)) for i, text in enumerate(texts))
     cache = OperatorCache(None)
-    decided = plan(program, Recipe(rules=rules, allow_larger=True), cache=cache, progress=False)
-    rewritten = rewrite(program, decided, cache=cache, verification=False, progress=False, pictures=False)
-    for row in rows:
-        row["targets"] = {}
-    for target in lowerings():
-        try:
-            report = lower(rewritten, target).report
-        except RecastError as error:
-            for row in rows:
-                row["targets"][target] = f"not here: {str(error).partition(';')[0]}"
-            continue
-        kernels = {row.name: row.kernel for row in report.rows}
-        for i, row in enumerate(rows):
-            row["targets"][target] = kernels.get(f"form.{i}", "dense")
+    rewritten = _branches(texts, cache)
+    found = [_kernels(texts, rewritten, target, cache) for target in lowerings()]
+    for row, *kernels in zip(rows, *found, strict=True):
+        row["targets"] = dict(zip(lowerings(), kernels, strict=True))
     return sorted(rows + unfit, key=lambda row: (not row["name"], row["name"]))
+
+
+def _branches(texts: list[str], cache: OperatorCache) -> Program:
+    """A program with a matrix in each of several forms."""
+    program = capture(_Branches(len(texts)).eval(), (torch.randn(4, 64),))
+    rules = tuple(Rule(f"form.{i}", Form.parse(text)) for i, text in enumerate(texts))
+    decided = plan(program, Recipe(rules=rules, allow_larger=True), cache=cache, progress=False)
+    return rewrite(program, decided, cache=cache, verification=False, progress=False, pictures=False)
+
+
+def _kernels(texts: list[str], rewritten: Program, target: str, cache: OperatorCache) -> list[str]:
+    """What a target runs each form of such a program with, or why not."""
+    try:
+        report = lower(rewritten, target).report
+    except RecastError as error:
+        # A form that the target does not take is looked for by halves, and the others are told as they are.
+        half = len(texts) // 2
+        if half and not isinstance(error.__cause__, ImportError):
+            parts = (texts[:half], texts[half:])
+            return [kernel for part in parts for kernel in _kernels(part, _branches(part, cache), target, cache)]
+        return [f"not here: {str(error).partition(';')[0]}"] * len(texts)
+    kernels = {row.name: row.kernel for row in report.rows}
+    return [kernels.get(f"form.{i}", "dense") for i in range(len(texts))]
 
 
 def _reads(text: str) -> bool:

@@ -235,6 +235,11 @@ def test_state_round_trips(fitted: Fitted, form: Form, shape: tuple[int, int]) -
 
 
 @some
+def test_dense_leaves_are_there_where_the_form_says_so(fitted: Fitted, form: Form, shape: tuple[int, int]) -> None:
+    assert fit(fitted, form, shape).has_dense_leaves() == form.dense_leaves
+
+
+@some
 def test_gradients_are_the_dense_ones(fitted: Fitted, form: Form, shape: tuple[int, int]) -> None:
     operator = fit(fitted, form, shape).to(torch.float64)
     floats = {k: v.double().requires_grad_() for k, v in operator.tensors().items() if v.is_floating_point()}
