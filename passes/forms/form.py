@@ -66,6 +66,11 @@ class Form(abc.ABC):
         return True
 
     @property
+    def needs_loss(self) -> bool:
+        """Whether statistics with the importances of a loss are needed, so that there is no fit without any."""
+        return False
+
+    @property
     def wrapper(self) -> bool:
         """Whether the form, as a factor, mixes features rather than carrying the weight: it is square there."""
         return False
@@ -147,9 +152,10 @@ class Form(abc.ABC):
         if stats is not None and stats.cross is not None:
             aim, seen = stats.aimed(weight), replace(stats, cross=None)
         operator = self.solve(aim, seen)
-        if seen is None or seen.gram is None or (self.optimal_on_data and aim is weight):
+        alone = self.optimal_on_data or self.needs_loss
+        if seen is None or seen.gram is None or (alone and aim is weight):
             return operator
-        free = self.solve(weight, None)
+        free = self.solve(weight, seen if self.needs_loss else None)
         return min((operator, free), key=lambda found: data_error(aim, found, seen))
 
     def checked(self, weight: Tensor, stats: Stats | None, where: str | None = None) -> Tensor:
