@@ -20,7 +20,10 @@ from recast.passes.forms.rounded_inputs import RoundedInputs
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
-__all__ = ["FloatLevels", "Levels", "float_levels"]
+__all__ = ["SEARCHED", "FloatLevels", "Levels", "float_levels"]
+
+# Shares of the largest value of a group that are tried as the largest of a format, as published (arXiv 2310.16836).
+SEARCHED = tuple(0.01 + (1.2 - 0.01) * i / 99 for i in range(100))
 
 
 @dataclass(frozen=True)
