@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.coverage_extra import quick, second_leg
-from benchmarks.coverage_row import examine
+from benchmarks.coverage_row import compare_again, examine
 from benchmarks.coverage_table import summary, totals, write_page
 from benchmarks.harness import machine_facts
 
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         choices=("free", "example"),
         default="free",
         help="capture for any batch and length (default), or for the example's alone: what is recognised is the same in nearly "
-        "all, the time a tenth, and raised programs are compared at one length",
+        "all, the time a tenth; to compare raised programs each is then captured again for every size compared at",
     )
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     parser.add_argument("--quick", action="store_true", help="only the architectures with golden numbers")
@@ -82,10 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no architecture is called like {chosen.only!r}")
     parts = _folder(chosen.json, chosen.resume or chosen.collect)
     rows = _kept(parts, wanted)
-    left = [name for name in wanted if name not in rows and not chosen.collect]
+    left = [name for name in wanted if _unfinished(rows.get(name)) and not chosen.collect]
     if left:
         _warm_up()
-    for row in _examined(left, chosen.sizes, chosen.jobs, chosen.limit):
+    for row in _examined(left, rows, chosen.sizes, chosen.jobs, chosen.limit):
+        if "failed" in row and row["name"] in rows:  # what was recognised stands; only the comparison is missing
+            rows[row["name"]] |= {"compared": [], "not_compared": {"any size": row["failed"]}}
+            row = rows[row["name"]]
         rows[row["name"]] = row
         if parts is not None:
             _write(parts / f"{row['name']}.json", row)
@@ -100,12 +103,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _unfinished(row: dict[str, Any] | None) -> bool:
+    """Whether a row is missing, or was written before raised programs were compared at every size."""
+    return row is None or bool(row.get("captured") and "compared" not in row)
+
+
 def _warm_up() -> None:
     """Import once what every child process needs."""
     examine("llama", "example")
 
 
-def _examined(names: list[str], sizes: str, jobs: int, limit: float) -> Any:
+def _examined(names: list[str], kept: dict[str, dict[str, Any]], sizes: str, jobs: int, limit: float) -> Any:
     context = multiprocessing.get_context("fork")
     running: list[tuple[str, Any, Any, float]] = []
     waiting = list(names)
@@ -113,7 +121,7 @@ def _examined(names: list[str], sizes: str, jobs: int, limit: float) -> Any:
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(name, sizes, there), daemon=True)
+            process = context.Process(target=_child, args=(name, kept.get(name), sizes, there), daemon=True)
             process.start()
             there.close()
             running.append((name, process, here, time.monotonic()))
@@ -146,9 +154,9 @@ def _spent(process: int, started: float) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _child(name: str, sizes: str, connection: Any) -> None:
+def _child(name: str, kept: dict[str, Any] | None, sizes: str, connection: Any) -> None:
     try:
-        row = examine(name, sizes)
+        row = examine(name, sizes) if kept is None else compare_again(kept)
     except Exception as error:  # noqa: BLE001  # a row says what went wrong, whatever it was
         row = {"name": name, "failed": f"{type(error).__name__}: {str(error)[:300]}"}
     connection.send(json.loads(json.dumps(row)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 import warnings
 from collections.abc import Callable
@@ -49,7 +48,18 @@ def examine(name: str, sizes: str = "free") -> dict[str, Any]:
     row["capture_differs"] = _differs(program, expected, args, kwargs)
     found = timed(row, "recognise", lambda: recognise(program))
     row |= compare(truth, program, found)
-    row["wrong"], row["wrong_reason"] = _wrong(zoo, model, program)
+    row["wrong"], row["wrong_reason"] = _wrong(zoo, model, program, row)
+    return row
+
+
+def compare_again(row: dict[str, Any]) -> dict[str, Any]:
+    """A row that was written before raised programs were compared at every size, with that comparison anew."""
+    zoo = load()
+    model, args, kwargs = zoo.build(row["name"])
+    torch._dynamo.reset()
+    shapes = None if row["sizes"] == "free" else dict.fromkeys(kwargs)
+    program = capture(model, args, kwargs, shapes)
+    row["wrong"], row["wrong_reason"] = _wrong(zoo, model, program, row)
     return row
 
 
@@ -117,46 +127,85 @@ def _differs(program: Program, expected: Any, args: Any, kwargs: Any) -> str:
     )
 
 
-def _wrong(zoo: Any, model: nn.Module, program: Program) -> tuple[bool | None, str]:
-    """Whether the raised program differs from the captured one; None if it was not checked, and why."""
-    from tests.zoo.compare import gap, tensors
+def _wrong(zoo: Any, model: nn.Module, program: Program, row: dict[str, Any]) -> tuple[bool | None, str]:
+    """Whether a raised program differs from the captured one, and how; None if it was not compared at all.
 
-    try:
-        module = importlib.import_module("recast.passes.rules.raise_structures")
-    except ImportError as error:
-        return None, f"not checked: {error}"
-    try:
-        raised = module.raise_program(program)
-    except Exception as error:  # noqa: BLE001  # raising that fails is wrong
-        return True, f"raising failed: {type(error).__name__}: {str(error)[:300]}"
-    checked = 0
+    At every size of `SHAPES`: with the program at hand where that takes the size, else with one captured for it. What the sizes
+    were goes into the row as ``compared``, those at which nothing could be compared as ``not_compared``.
+    """
+    row["compared"], row["not_compared"], seen = [], {}, set()
+    at_hand = _Raised(program)
     for seed, (batch, length) in enumerate(SHAPES):
         args, kwargs = zoo.vary(model, batch, length, seed=seed + 1)
-        torch.manual_seed(SEED)
-        try:
-            with torch.no_grad():
-                expected = program(*args, **kwargs)
-        except Exception:  # noqa: BLE001  # captured for other sizes
+        shapes = str([tuple(t.shape) for t in _leaves((args, kwargs))])
+        if shapes in seen:  # a model of images: the length is nothing to it
             continue
-        checked += 1
-        torch.manual_seed(SEED)
+        seen.add(shapes)
+        size = f"batch {batch}, length {length}"
         try:
-            with torch.no_grad():
-                got = raised(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001
-            return True, f"does not run at batch {batch}, length {length}: {type(error).__name__}: {str(error)[:300]}"
-        if told := gap(tensors(got), tensors(expected)):
-            return True, f"batch {batch}, length {length}: {told}"
-    if checked:
+            pair = at_hand if at_hand.takes(args, kwargs) else _Raised(_captured_for(row, model, args, kwargs))
+            told = pair.differs(args, kwargs)
+        except Exception as error:  # noqa: BLE001  # not captured for this size, or the model does not take it
+            row["not_compared"][size] = without_paths(f"{type(error).__name__}: {error!s}")[:300]
+            continue
+        if told:
+            return True, f"{size}: {told}"
+        row["compared"].append(size)
+    if row["compared"]:
         return False, ""
     args, kwargs = zoo.vary(model, 2, 10, seed=9)
-    try:
-        with torch.no_grad():
-            torch.manual_seed(SEED)
-            expected = program(*args, **kwargs)
-            torch.manual_seed(SEED)
-            got = raised(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001
-        return None, f"not checked: {type(error).__name__}: {str(error)[:200]}"
-    told = gap(tensors(got), tensors(expected))
+    if not at_hand.takes(args, kwargs):
+        return None, "not checked: the program takes no other inputs of the example's sizes"
+    told = at_hand.differs(args, kwargs)
+    row["compared"] = [] if told else ["batch 2, length 10"]
     return bool(told), told
+
+
+def _captured_for(row: dict[str, Any], model: nn.Module, args: Any, kwargs: Any) -> Program:
+    torch._dynamo.reset()
+    return timed(row, "compare", lambda: capture(model, args, kwargs, dict.fromkeys(kwargs)))  # type: ignore[no-any-return]
+
+
+def _leaves(inputs: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+
+
+class _Raised:
+    """A captured program and what raising makes of it, made when first asked for."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.raised: Callable[..., Any] | str = ""
+
+    def takes(self, args: Any, kwargs: Any) -> bool:
+        """Whether the program runs on these inputs; sizes it was not captured for it refuses."""
+        try:
+            self._run(self.program, args, kwargs)
+        except Exception:  # noqa: BLE001  # captured for other sizes
+            return False
+        return True
+
+    def differs(self, args: Any, kwargs: Any) -> str:
+        """How the raised program differs from the captured one on these inputs; empty if it does not."""
+        from recast.passes.rules.raise_structures import raise_program
+        from tests.zoo.compare import gap, tensors
+
+        expected = self._run(self.program, args, kwargs)
+        try:
+            if not self.raised:
+                self.raised = raise_program(self.program)
+        except Exception as error:  # noqa: BLE001  # raising that fails is wrong
+            self.raised = f"raising failed: {type(error).__name__}: {str(error)[:300]}"
+        if isinstance(self.raised, str):
+            return self.raised
+        try:
+            got = self._run(self.raised, args, kwargs)
+        except Exception as error:  # noqa: BLE001
+            return f"does not run: {type(error).__name__}: {str(error)[:300]}"
+        return gap(tensors(got), tensors(expected))
+
+    @staticmethod
+    def _run(program: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        torch.manual_seed(SEED)
+        with torch.no_grad():
+            return program(*args, **kwargs)

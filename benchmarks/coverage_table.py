@@ -35,6 +35,8 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "captured program differs": sorted(r["name"] for r in captured if r["capture_differs"]),
         "wrong": sum(r["wrong"] is True for r in captured),
         "wrong, not checked": sum(r["wrong"] is None for r in captured),
+        "compared at every size": sum(bool(r.get("compared")) and not r["not_compared"] for r in captured),
+        "not compared at some size": sorted(r["name"] for r in captured if r.get("not_compared")),
         "misses": sum(r["misses"] for r in captured),
         "misses without a reason": sum(r["without_reason"] for r in captured),
     }
@@ -83,6 +85,7 @@ def write_page(file: Path, rows: list[dict[str, Any]], whole: dict[str, Any], li
     more = whole["recast captures, and plain export does not"]
     lines += [
         f"| wrong (raised program differs) | {whole['wrong']}{unchecked} | {whole['recast captures']} | | 0 |",
+        f"| compared at batch 1 and 3 and three lengths | {whole['compared at every size']} | {whole['recast captures']} | | |",
         f"| misses without a reason | {whole['misses without a reason']} | {whole['misses']} | | 0 |",
         f"| captured, of those that plain export captures | {both} | {whole['plain export captures']} | | 100 % |",
         f"| captured, of those that plain export does not | {len(more)} | {whole['run'] - whole['plain export captures']} | | ≥ 10 |",
@@ -120,10 +123,7 @@ def _sizes(rows: list[dict[str, Any]]) -> list[str]:
     if not fixed:
         return []
     which = "All" if len(fixed) == len([r for r in rows if "sizes" in r]) else f"{len(fixed)}, marked *,"
-    return [
-        f"{which} were captured for the example's batch and length (`--sizes example`), and raised programs compared at these.",
-        "",
-    ]
+    return [f"{which} were captured for the example's batch and length (`--sizes example`).", ""]
 
 
 def _causes(rows: list[dict[str, Any]]) -> list[str]:
@@ -145,6 +145,11 @@ def _causes(rows: list[dict[str, Any]]) -> list[str]:
             (r["name"], r["capture_differs"]) for r in rows if r.get("capture_differs")
         ],
         "Raised program differs": [(r["name"], r["wrong_reason"]) for r in rows if r.get("wrong")],
+        "Not compared at some size": [
+            (r["name"], "; ".join(f"{size}: {why}" for size, why in r["not_compared"].items()))
+            for r in rows
+            if r.get("not_compared")
+        ],
         "Not run": [
             (r["name"], r.get("unbuilt") or r.get("failed")) for r in rows if r.get("unbuilt") or r.get("failed")
         ],

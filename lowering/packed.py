@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recast.kernels.quantized_matmul.floats import rounded_product
 from recast.lowering.inline import Choose, Emit
 from recast.passes.forms.algebra import Product, RowStack, Sum
 from recast.passes.forms.column_sparse import ColumnSparse
 from recast.passes.forms.gated import Gated
 from recast.passes.forms.operator import Cost, Operator
+from recast.passes.forms.rounded_inputs import RoundedInputs
 
 __all__ = ["Leaf", "Packed", "Run", "chooser", "pack", "plain"]
 
@@ -75,6 +77,8 @@ class Packed(Operator):
         raise TypeError("a packed operator is made from the operator it stands for")
 
 
+# Operators that are laid out part by part.
+_Tree = Product | Sum | RowStack | ColumnSparse | Gated | RoundedInputs
 # How a target packs an operator that is no tree, None where it has no kernel for it.
 Leaf = Callable[[Operator], "Packed | None"]
 
@@ -102,11 +106,11 @@ def _apply(operator: Operator, x: Tensor) -> Tensor:
 
 
 def pack(operator: Operator, leaf: Leaf, fallback: str) -> Packed:
-    """Lay an operator out, part by part where it is a product, a sum, a stack of rows, a choice of columns or a gate."""
+    """Lay an operator out; products, sums, stacks of rows, choices of columns, gates and rounding part by part."""
     found = leaf(operator)
     if found is not None:
         return found
-    if isinstance(operator, Product | Sum | RowStack | ColumnSparse | Gated) and operator.children():
+    if isinstance(operator, _Tree) and operator.children():
         return _tree(operator, leaf, fallback)
     return plain(operator, fallback)
 
@@ -120,7 +124,7 @@ def plain(operator: Operator, kernel: str) -> Packed:
     return Packed(operator, kernel, operator.tensors(), run)
 
 
-def _tree(operator: Product | Sum | RowStack | ColumnSparse | Gated, leaf: Leaf, fallback: str) -> Packed:
+def _tree(operator: _Tree, leaf: Leaf, fallback: str) -> Packed:
     children = {name: pack(child, leaf, fallback) for name, child in operator.children().items()}
     held = {f"{name}.{key}": tensor for name, child in children.items() for key, tensor in child.held.items()}
     held.update(operator.own_tensors())
@@ -137,6 +141,8 @@ def _tree(operator: Product | Sum | RowStack | ColumnSparse | Gated, leaf: Leaf,
         if isinstance(operator, Gated):
             gate = Gated(operator.weight, tensors.get("norms"), operator.kept, operator.threshold)
             return part("weight", tensors, gate.gate(x))
+        if isinstance(operator, RoundedInputs):
+            return rounded_product(x, operator.grid, lambda values: part("weight", tensors, values))
         parts = [part(name, tensors, x) for name in children]
         if isinstance(operator, RowStack):
             return torch.cat(parts, -1)

@@ -11,6 +11,7 @@ from recast.passes.forms.algebra import Product, Sum
 from recast.passes.forms.gated import Gated, gates
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.quantized import Quantized
+from recast.passes.forms.rounded_inputs import RoundedInputs
 from recast.passes.forms.sparse import Sparse
 from recast.passes.forms.stats import Stats, relative_error
 
@@ -21,8 +22,9 @@ def predicted_errors(weight: Tensor, operator: Operator, stats: Stats | None) ->
     """Relative error of the weight, and of the site's output on the calibration data, before anything runs.
 
     The second is ``|(W - W')X| / |WX|`` from the Gram matrix. Where the operator also rounds its input to ``b`` levels a token
-    (dynamic quantization), the rounding adds ``step^2 / 12`` a feature, uniform and independent, with the step
-    estimated from the sample kept by calibration. What meets a rounding inside a product or a sum is counted too.
+    (dynamic quantization), the rounding adds ``step^2 / 12`` a feature, uniform and independent, with the step estimated from
+    the sample kept by calibration; rounding to a float format adds what it does on the sample. What meets a rounding inside a
+    product or a sum is counted too.
 
     Where inputs are left out token by token (`Gated`), the Gram matrix does not tell what that does: the error is the measured
     one, on the sample. Without a sample it is what independent normal inputs would lose, of the sizes that the Gram matrix has;
@@ -54,6 +56,8 @@ def _noise(operator: Operator, stats: Stats, after: Tensor | None) -> float:
         return 0.0
     if isinstance(operator, Gated):
         return operator.dropped(stats, after) + _noise(operator.weight, stats, after)
+    if isinstance(operator, RoundedInputs):
+        return operator.lost(stats, after) + _noise(operator.weight, stats, after)
     if isinstance(operator, Quantized):
         if stats.sample is None:
             return 0.0
@@ -81,6 +85,8 @@ def _noise(operator: Operator, stats: Stats, after: Tensor | None) -> float:
 
 def rounds(operator: Operator) -> bool:
     """Whether anything in an operator rounds activations."""
+    if isinstance(operator, RoundedInputs):
+        return True
     if isinstance(operator, Quantized):
         return operator.activations
     return any(rounds(child) for child in operator.children().values())

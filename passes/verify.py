@@ -12,6 +12,7 @@ from recast.passes.base import Context, Pass, Soundness
 from recast.passes.errors_of import rounding_of
 from recast.passes.forms.gated import gates, ungated
 from recast.passes.forms.operator import Operator
+from recast.passes.forms.rounded_inputs import rounds_to_floats, unrounded
 from recast.passes.meta import fake_values
 from recast.passes.module import OperatorModule
 from recast.passes.modules.check import check_blocks
@@ -265,9 +266,9 @@ def check_operators(before: Program, after: Program, errors: dict[str, float]) -
             )
         x = torch.randn(8, dense.shape[1], generator=torch.Generator().manual_seed(0)).to(dense)
         with torch.no_grad():
-            if gates(operator):
-                # The matrix is that of the operator without its gates, which the error of the site tells about.
-                y = ungated(operator).apply(x)
+            if gates(operator) or rounds_to_floats(operator):
+                # The matrix is that of the operator without gates and rounding, which the error of the site tells about.
+                y = unrounded(ungated(operator)).apply(x)
                 y = y if module.order is None else y[..., module.order]
             else:
                 y = module(x)

@@ -135,6 +135,9 @@ class Codebook(Operator):
 
 # Rows are rounded a slab at a time, so that temporaries stay small.
 _SLAB = 1 << 19
+# A search by the error of the output tries fewer scales where each is much work, but not fewer than these; to round a value
+# takes about as long as so many multiplications.
+_WORK, _FEWEST, _LOOK_UP = 5e10, 8, 1000
 
 
 def fit_table(
@@ -164,19 +167,26 @@ def fit_table(
     rounding, act_order
         See `recast.passes.forms.rounding`. Each row keeps the better of plain rounding and this one.
     tops
-        Shares of the largest absolute value that are tried as scales; the one of the least squared error is kept. With
-        statistics errors are weighted by the mean square of each input, where that serves the row.
+        Shares of the largest absolute value that are tried as scales, beside that value itself; the one of the least squared
+        error is kept. With statistics it is the error of the row's output, group after group, and no row ends above what it
+        has without data or without a search.
     """
     m, n = weight.shape
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     width = n if group is None or group_count(n, group) == 1 else group
     table = table.to(wide)
     gram = None if stats is None or stats.gram is None else stats.gram.to(weight.device)
-    scale = _scales(wide, table, group, width, gram, tops)
+    before, scale = _scales(wide, table, group, width, gram, tops)
+    compensates = rounding != "nearest" and gram is not None
+    if not compensates:
+        before = scale
+    elif double:  # coded together, all rows have the same kind
+        scale = before
     held: tuple[Tensor, Tensor | None, Tensor | None] = (scale, None, None)
     if double:
         codes, step, mean = reference.code_scales(scale)
         held, scale = (codes, step, mean), reference.decode_scales(codes, step, mean)
+        before = scale
     safe = torch.where(scale == 0, 1, scale)
     rows = max(1, _SLAB // n)
     picked = torch.cat(
@@ -187,7 +197,9 @@ def fit_table(
             for at in range(0, m, rows)
         ]
     )
-    if rounding != "nearest" and gram is not None:
+    if compensates and gram is not None:
+        # Scales that were fitted to the errors of plain rounding are none the better for errors that others make up for.
+        safe = torch.where(before == 0, 1, before)
         steps = safe.T.contiguous()
 
         def snap(j: int, column: Tensor) -> Tensor:
@@ -200,13 +212,15 @@ def fit_table(
         )
         anew = reference.nearest_codes(found / spread(safe, n, group), table).to(torch.uint8)
         picked = torch.where(take.unsqueeze(1), anew, picked)
+        if not double:
+            held = (torch.where(take.unsqueeze(1), before, scale), None, None)
     return Codebook(pack_codes(picked, bits), table.reshape(1, 1, -1, 1), *held, bits, group, (m, n), weight.dtype)
 
 
 def _scales(
     weight: Tensor, table: Tensor, group: int | None, width: int, gram: Tensor | None, tops: Sequence[float]
-) -> Tensor:
-    """Choose the scale of each group, (m, groups), a slab of rows at a time."""
+) -> tuple[Tensor, Tensor]:
+    """Choose the scale of each group, (m, groups), a slab of rows at a time: by weights of inputs, and by the whole row's output."""
     m, n = weight.shape
     extra = group_count(n, group) * width - n
     importance = None
@@ -219,26 +233,38 @@ def _scales(
     for start in range(0, m, step):
         rows = weight[start : start + step]
         grouped = torch.nn.functional.pad(rows, (0, extra)).reshape(len(rows), -1, width)
-        scale = _searched(grouped, table, None, tops)
+        largest = grouped.abs().amax(-1)
+        if len(tops) == 1:
+            parts.append((largest * tops[0],) * 2)
+            continue
+        scale, _ = _searched(grouped, largest, table, None, tops)
         if importance is not None and gram is not None:
-            other = _searched(grouped, table, importance, tops)
-            errors = []
-            for tried in (scale, other):
-                each = spread(torch.where(tried == 0, 1, tried), n, group)
-                errors.append(row_errors(rows - table[reference.nearest_codes(rows / each, table)] * each, gram))
-            scale = torch.where((errors[1] < errors[0]).unsqueeze(1), other, scale)
-        parts.append(scale)
-    return torch.cat(parts)
+            other, totals = _searched(grouped, largest, table, importance, tops)
+            tried = [scale, other, largest]
+            errors = torch.stack([row_errors(rows - _levels(rows, each, table, group), gram) for each in tried])
+            best = errors.argmin(0)  # of equal ones the first
+            scale = torch.stack(tried).gather(0, best.expand(1, -1).unsqueeze(-1).expand(1, -1, scale.shape[1]))[0]
+            few = max(_FEWEST, int(_WORK / (2 * m * n * (width + _LOOK_UP))))
+            promising = [tops[i] for i in totals.argsort(stable=True)[:few].tolist()]
+            parts.append((scale, _descended(rows, scale, largest, table, group, width, gram, promising)))
+        else:
+            parts.append((scale, scale))
+    return torch.cat([first for first, _ in parts]), torch.cat([second for _, second in parts])
 
 
-def _searched(grouped: Tensor, table: Tensor, importance: Tensor | None, tops: Sequence[float]) -> Tensor:
-    """The best scale among shares of the largest value, for groups (m, groups, width).
+def _levels(rows: Tensor, scale: Tensor, table: Tensor, group: int | None) -> Tensor:
+    """What rows (m, n) are rounded to with scales (m, groups)."""
+    each = spread(torch.where(scale == 0, 1, scale), rows.shape[1], group)
+    return table[reference.nearest_codes(rows / each, table)] * each
+
+
+def _searched(
+    grouped: Tensor, largest: Tensor, table: Tensor, importance: Tensor | None, tops: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The best scale among the largest value and shares of it, for groups (m, groups, width); and the error of each share.
 
     Once a group is sorted, a scale's error is a matter of as many look-ups in running sums as there are levels.
     """
-    largest = grouped.abs().amax(-1)
-    if len(tops) == 1:
-        return largest * tops[0]
     ordered, places = torch.sort(grouped.double(), -1)
     weights = (
         torch.ones_like(ordered) if importance is None else importance.double().expand_as(ordered).gather(-1, places)
@@ -249,8 +275,8 @@ def _searched(grouped: Tensor, table: Tensor, importance: Tensor | None, tops: S
     levels = torch.unique(table.double())
     between = (levels[1:] + levels[:-1]) / 2
     end = torch.full(nothing.shape, ordered.shape[-1], dtype=torch.int64, device=grouped.device)
-    best, least = largest, torch.full_like(square, torch.inf)
-    for top in tops:
+    best, least, totals = largest, torch.full_like(square, torch.inf), []
+    for top in (1.0, *tops):
         scale = (largest * top).double()
         cuts = torch.searchsorted(ordered, scale.unsqueeze(-1) * between)
         edges = torch.cat([torch.zeros_like(end), cuts, end], -1)
@@ -259,7 +285,43 @@ def _searched(grouped: Tensor, table: Tensor, importance: Tensor | None, tops: S
         error = square - 2 * scale * (sums @ levels) + scale.square() * (held @ levels.square())
         better = error < least
         best, least = torch.where(better, scale.to(largest.dtype), best), torch.where(better, error, least)
-    return best
+        totals.append((error / torch.where(square > 0, square, 1)).sum())
+    return best, torch.stack(totals[1:])
+
+
+def _descended(
+    rows: Tensor,
+    scale: Tensor,
+    largest: Tensor,
+    table: Tensor,
+    group: int | None,
+    width: int,
+    gram: Tensor,
+    tops: Sequence[float],
+) -> Tensor:
+    """Choose the scales anew, group after group, by what a row's output errs with all groups; never by more than it did.
+
+    Where a group's values change by d, the error ``eᵀ G e`` of a row changes by ``2 dᵀ (G e) + dᵀ G d``.
+    """
+    wide = rows.double()
+    held = _levels(rows, scale, table, group)
+    pull = (wide - held.double()) @ gram.double()
+    found = scale.clone()
+    for i, start in enumerate(range(0, rows.shape[1], width)):
+        part = slice(start, start + width)
+        own = gram[part, part].double()
+        least = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        moved = torch.zeros_like(wide[:, part])
+        for top in tops:
+            tried = largest[:, i : i + 1] * top
+            change = (held[:, part] - _levels(rows[:, part], tried, table, None)).double()
+            error = ((2 * pull[:, part] + change @ own) * change).sum(1)
+            better = (error < least).unsqueeze(1)
+            least = torch.minimum(error, least)
+            moved = torch.where(better, change, moved)
+            found[:, i : i + 1] = torch.where(better, tried, found[:, i : i + 1])
+        pull += moved @ gram[part].double()
+    return found
 
 
 def outline_table(

@@ -65,6 +65,10 @@ class SumForm(Form):
     def dense_leaves(self) -> bool:
         return any(term.dense_leaves for term in self.terms)
 
+    @property
+    def needs_loss(self) -> bool:
+        return any(term.needs_loss for term in self.terms)
+
     def check(self, shape: tuple[int, int], where: str | None = None) -> None:
         for term in self.terms:
             term.check(shape, where)
@@ -178,6 +182,10 @@ class PipeForm(Form):
     @property
     def dense_leaves(self) -> bool:
         return self.right.dense_leaves
+
+    @property
+    def needs_loss(self) -> bool:
+        return self.left.needs_loss or self.right.needs_loss
 
     @property
     def wrapper(self) -> bool:

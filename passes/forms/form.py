@@ -67,6 +67,11 @@ class Form(abc.ABC):
         return True
 
     @property
+    def needs_loss(self) -> bool:
+        """Whether statistics with the importances of a loss are needed, so that there is no fit without any."""
+        return False
+
+    @property
     def wrapper(self) -> bool:
         """Whether the form, as a factor, mixes features rather than carrying the weight: it is square there."""
         return False
@@ -148,9 +153,10 @@ class Form(abc.ABC):
         if stats is not None and stats.cross is not None:
             aim, seen = stats.aimed(weight), replace(stats, cross=None)
         operator = self._solved(aim, seen, where)
-        if seen is None or seen.gram is None or (self.optimal_on_data and aim is weight):
+        alone = self.optimal_on_data or self.needs_loss
+        if seen is None or seen.gram is None or (alone and aim is weight):
             return operator
-        free = self._solved(weight, None, where)
+        free = self._solved(weight, seen if self.needs_loss else None, where)
         return min((operator, free), key=lambda found: data_error(aim, found, seen))
 
     def _solved(self, weight: Tensor, stats: Stats | None, where: str | None) -> Operator:

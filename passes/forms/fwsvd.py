@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.algebra import Product
+from recast.passes.forms.form import Form
 from recast.passes.forms.linear_algebra import times
 from recast.passes.forms.low_rank import LowRank, factors
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import CalibrationError, FormError, nearest
 
-__all__ = ["FisherWeighted"]
+__all__ = ["FisherWeighted", "fisher_roots"]
 
 _AXES = ("rows", "columns", "both")
 
@@ -62,24 +63,54 @@ class FisherWeighted(LowRank):
     def ladder(cls, shape: tuple[int, int]) -> list[LowRank]:  # type: ignore[override]
         return []
 
+    @property
+    def needs_loss(self) -> bool:
+        return True
+
     def solve(self, weight: Tensor, stats: Stats | None) -> Product:
-        if stats is None or stats.row_importance is None or stats.column_importance is None:
-            found = "there are no statistics" if stats is None else "these statistics hold none"
-            raise CalibrationError(
-                f"{self}: importances of the weight's rows and columns are needed, {found}; "
-                "recast.calibrate(program, batches, loss=...) gathers them from the gradients of a loss"
-            )
-        if stats.row_importance.shape[0] != weight.shape[0]:
-            raise CalibrationError(
-                f"{self}: importances of {stats.row_importance.shape[0]} rows, but the weight has {weight.shape[0]}; "
-                "fwsvd fits a whole weight, not what another form made of it"
-            )
-        rows = _root(stats.row_importance.to(weight.device), self.axis != "columns").unsqueeze(1)
-        columns = _root(stats.column_importance.to(weight.device), self.axis != "rows")
+        rows, columns = fisher_roots(self, weight, stats, rows=self.axis != "columns", columns=self.axis != "rows")
         wide = torch.promote_types(weight.dtype, torch.float32)
         scaled = weight.to(wide).mul(rows.to(wide)).mul_(columns.to(wide))
         left = self.subspace(scaled, None, self.rank_for((weight.shape[0], weight.shape[1])))
         return factors(left / rows, times(scaled.T, left).T / columns, weight.dtype)
+
+
+def fisher_roots(
+    form: Form, weight: Tensor, stats: Stats | None, *, rows: bool = True, columns: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return the roots p (m, 1) and q (n,), float64, of a Fisher matrix ``p_i² q_j²`` of rank one, up to a factor.
+
+    Parameters
+    ----------
+    form
+        Who asks, for messages.
+    weight, stats
+        (m, n), and statistics with importances of its rows and columns.
+    rows, columns
+        False: ones in the place of p, or of q.
+
+    Raises
+    ------
+    CalibrationError
+        There are no importances, or they are of another weight.
+    """
+    if stats is None or stats.row_importance is None or stats.column_importance is None:
+        found = "there are no statistics" if stats is None else "these statistics hold none"
+        raise CalibrationError(
+            f"{form}: importances of the weight's rows and columns are needed, {found}; "
+            "recast.calibrate(program, batches, loss=...) gathers them from the gradients of a loss"
+        )
+    if stats.row_importance.shape[0] != weight.shape[0]:
+        name = getattr(form, "name", form)
+        raise CalibrationError(
+            f"{form}: importances of {stats.row_importance.shape[0]} rows, but the weight has {weight.shape[0]}; "
+            f"{name} fits a whole weight, not what another form made of it"
+        )
+    p, q = (
+        _root(stats.row_importance.to(weight.device), rows),
+        _root(stats.column_importance.to(weight.device), columns),
+    )
+    return p.unsqueeze(1), q
 
 
 def _root(importance: Tensor, used: bool) -> Tensor:

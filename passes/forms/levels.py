@@ -11,13 +11,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from recast.passes.forms.codebook import Codebook, fit_table, outline_table
+from recast.kernels.quantized_matmul.floats import FloatGrid
+from recast.passes.forms.codebook import fit_table, outline_table
 from recast.passes.forms.form import NamedForm
 from recast.passes.forms.integer import check_rounding
+from recast.passes.forms.operator import Operator
+from recast.passes.forms.rounded_inputs import RoundedInputs
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
-__all__ = ["Levels", "float_levels"]
+__all__ = ["SEARCHED", "FloatLevels", "Levels", "float_levels"]
+
+# Shares of the largest value of a group that are tried as the largest of a format, as published (arXiv 2310.16836).
+SEARCHED = tuple(0.01 + (1.2 - 0.01) * i / 99 for i in range(100))
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,11 @@ class Levels(NamedForm):
         """Return the shares of a group's largest value that are tried as its scale."""
         return (1.0,)
 
-    def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Codebook:
+    def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Operator:
         bits = int(math.log2(len(self.table())))
         return outline_table(shape, dtype, bits=bits, group=self.group, double=self.double)
 
-    def solve(self, weight: Tensor, stats: Stats | None) -> Codebook:
+    def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
         table = self.table()
         return fit_table(
             weight,
@@ -74,6 +80,27 @@ class Levels(NamedForm):
             act_order=self.act_order,
             tops=self.tops(),
         )
+
+
+@dataclass(frozen=True)
+class FloatLevels(Levels):
+    """`Levels` that are those of a float format, to which inputs may be rounded too; a subclass also says the `grid`."""
+
+    activations: bool = field(
+        default=False, kw_only=True, metadata={"help": "round each input vector to the format as well"}
+    )
+
+    @abc.abstractmethod
+    def grid(self) -> FloatGrid:
+        """Return the format; what it can hold is the table times the largest."""
+
+    def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Operator:
+        held = super().outline(shape, dtype)
+        return RoundedInputs(held, self.grid()) if self.activations else held
+
+    def solve(self, weight: Tensor, stats: Stats | None) -> Operator:
+        held = super().solve(weight, stats)
+        return RoundedInputs(held, self.grid()) if self.activations else held
 
 
 def float_levels(exponent: int, mantissa: int) -> Tensor:

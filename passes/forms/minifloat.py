@@ -9,27 +9,28 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from recast.kernels.quantized_matmul.floats import FloatGrid
 from recast.passes.forms.form import NamedForm
-from recast.passes.forms.levels import Levels, float_levels
+from recast.passes.forms.levels import SEARCHED, FloatLevels, float_levels
 from recast.patterns.errors import FormError
 
 __all__ = ["Minifloat"]
 
-# Shares of the largest value of a group that are tried as the largest of the format.
-_TOPS = tuple(0.01 + (1.2 - 0.01) * i / 99 for i in range(100))
-
 
 @dataclass(frozen=True)
-class Minifloat(Levels):
+class Minifloat(FloatLevels):
     """A sign, E exponent and M mantissa bits: ``± (1 + f/2^M) 2^(e - b)``, with a real bias b for each row or group.
 
     The bias says what the largest value is, ``(2 - 2^-M) 2^(2^E - 1 - b)``; a hundred choices of 0.01 to 1.2 times the
-    largest value are tried, and the one of least squared error is kept, weighted by the data where there is any.
+    largest value are tried, and the largest itself. The one of least squared error is kept, with data of least error of the
+    output, group after group of a row; large weights then try the fewer that come nearest by the sizes of inputs alone.
+
+    With ``activations=true`` inputs are rounded to the format as well, each vector over its own range, see `fp8`.
 
     Notes
     -----
-    Liu et al., LLM-FP4: 4-Bit Floating-Point Quantized Transformers (2023). Weights only; their search goes over the error
-    of the outputs of a layer, this one over that error's share of each input.
+    Liu et al., LLM-FP4: 4-Bit Floating-Point Quantized Transformers (2023). Their activations have a range from calibration,
+    searched in turns with the weight's, and exponent biases of channels moved into the weight.
 
     Examples
     --------
@@ -62,10 +63,14 @@ class Minifloat(Levels):
 
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:
-        return [cls(exponent=2, mantissa=2)]
+        return [cls(exponent=2, mantissa=2), cls(exponent=3, mantissa=0, search=False, activations=True)]
+
+    def grid(self) -> FloatGrid:
+        bias = 2 ** (self.exponent - 1) - 1
+        return FloatGrid(self.mantissa, 1 - bias, (2 - 2.0**-self.mantissa) * 2.0 ** (2**self.exponent - 1 - bias))
 
     def table(self) -> Tensor:
         return float_levels(self.exponent, self.mantissa)
 
     def tops(self) -> Sequence[float]:
-        return _TOPS if self.search else (1.0,)
+        return SEARCHED if self.search else (1.0,)

@@ -41,6 +41,10 @@ class OverBase(NamedForm):
         return False
 
     @property
+    def needs_loss(self) -> bool:
+        return self.inner().needs_loss
+
+    @property
     def fixed_point(self) -> bool:
         return False  # what is chosen around the base is chosen anew for what it made
 

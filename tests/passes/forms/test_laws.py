@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from recast.passes.errors_of import measured_errors, predicted_errors
 from recast.passes.forms import Dense, Form, NamedForm, Operator, Quantized, Stats, forms, relative_error
 from recast.passes.forms.gated import Gated, gates, ungated
+from recast.passes.forms.rounded_inputs import RoundedInputs
 from tests.helpers import assert_close
 
 SHAPES = [(63, 60), (60, 63), (577, 64), (1, 37), (24, 48)]
@@ -80,7 +81,7 @@ def make_inputs(n: int, tokens: int = 300) -> Tensor:
 
 
 def rounds_activations(operator: Operator) -> bool:
-    if isinstance(operator, Quantized) and operator.activations:
+    if isinstance(operator, RoundedInputs) or (isinstance(operator, Quantized) and operator.activations):
         return True
     return any(rounds_activations(child) for child in operator.children().values())
 
@@ -147,6 +148,9 @@ def test_apply_is_the_product_with_the_dense_matrix(fitted: Fitted, form: Form, 
             axes = (-1,) if operator.per_token else tuple(range(x.dim()))
             step = (x.amax(axes, keepdim=True).clamp_min(0) - x.amin(axes, keepdim=True).clamp_max(0)) / 255
             assert bool(((actual - expected).abs() <= step * dense.abs().sum(1) * (1 + 1e-4)).all())
+        elif isinstance(operator, RoundedInputs):
+            # Which numbers inputs are rounded to is checked on its own.
+            assert_close(actual, operator.rounded(x) @ dense.T, terms=4 * shape[1])
         elif x.numel():
             # Independent roundings of all inputs, each of relative size 1/127 at most, one for each stage.
             assert float((actual - expected).norm()) <= 0.03 * float(x.norm()) * float(

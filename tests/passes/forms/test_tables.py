@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.cluster.vq
 import torch
+from torch import Tensor
 
 from recast.kernels.quantized_matmul.reference import unpack_codes
 from recast.passes.forms import Form, Stats, relative_error
@@ -90,9 +91,87 @@ def test_a_searched_bias_is_the_best_of_its_hundred() -> None:
     table = np.concatenate([table, -table])
     for row in range(4):
         w, errors = weight[row].numpy(), []
-        for top in np.linspace(0.01, 1.2, 100) * np.abs(weight[row].numpy()).max():
+        for top in np.append(np.linspace(0.01, 1.2, 100), 1.0) * np.abs(weight[row].numpy()).max():
             errors.append(((table[np.abs((w / top)[:, None] - table).argmin(1)] * top - w) ** 2).sum())
         assert_close(torch.tensor(((operator[row] - w) ** 2).sum()), torch.tensor(min(errors)), terms=len(w))
+
+
+def rounded(w: np.ndarray, top: float) -> np.ndarray:
+    """Numbers at e2m1 with its largest at `top`."""
+    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6
+    table = np.concatenate([table, -table])
+    found: np.ndarray = table[np.abs((w / top)[:, None] - table).argmin(1)] * top
+    return found
+
+
+TOPS = np.append(np.linspace(0.01, 1.2, 100), 1.0)
+
+
+@pytest.mark.parametrize("text", ["minifloat(2, 1)", "fp4(group=60, search=true)"])
+def test_with_data_a_searched_bias_is_the_best_for_the_output(text: str) -> None:
+    weight = torch.randn(6, 60, dtype=torch.float64)
+    x = torch.randn(300, 60, dtype=torch.float64) @ torch.randn(60, 60, dtype=torch.float64)
+    operator = Form.parse(text).fit(weight, Stats.from_inputs(x)).to_dense().numpy()
+    gained = 0
+    for row in range(6):
+        w = weight[row].numpy()
+        errors = [(((rounded(w, top) - w) @ x.numpy().T) ** 2).sum() for top in TOPS * np.abs(w).max()]
+        found = (((operator[row] - w) @ x.numpy().T) ** 2).sum()
+        assert_close(torch.tensor(found), torch.tensor(min(errors)), terms=60)
+        gained += min(errors) < 0.9 * errors[-1]
+    assert gained > 2
+
+
+@pytest.mark.parametrize("tokens", [20, 300])
+def test_no_row_loses_by_a_search(tokens: int) -> None:
+    weight = torch.distributions.StudentT(4.0).sample((40, 70))
+    x = torch.randn(tokens, 70, dtype=torch.float64) @ torch.randn(70, 70, dtype=torch.float64)
+    weight[3], weight[4, 16:32], x[:, 5] = 0, 0, 0
+    stats = Stats.from_inputs(x)
+
+    def errors(text: str, seen: Stats | None) -> Tensor:
+        gap = weight - Form.parse(text).fit(weight, seen).to_dense()
+        return (gap.double() if seen is None else gap.double() @ x.T).square().sum(1)
+
+    for name in ("fp4(group=16, {})", "minifloat(2, 1, group=16, {})", "fp4(group=16, kind='bitsandbytes', {})"):
+        for seen in (None, stats):
+            searched, largest = (errors(name.format(f"search={search}"), seen) for search in ("true", "false"))
+            assert bool((searched <= largest * (1 + 1e-6)).all())
+            assert float(searched.sum()) < (0.9 if seen is None else 0.7) * float(largest.sum())
+    # Other inputs of the same kind agree that the output is what to look at.
+    aware = errors("fp4(group=16, search=true)", stats).sum()
+    blind = (weight - Form.parse("fp4(group=16, search=true)").fit(weight).to_dense()).double() @ x.T
+    assert float(aware) < 0.9 * float(blind.square().sum())
+
+
+def test_a_search_goes_with_the_roundings() -> None:
+    weight = torch.distributions.StudentT(4.0).sample((40, 64))
+    x = torch.randn(300, 64, dtype=torch.float64) @ torch.randn(64, 64, dtype=torch.float64)
+    stats = Stats.from_inputs(x)
+    for name in ("fp4(group=16, search=true, {})", "minifloat(2, 1, {})", "minifloat(2, 1, group=16, double=true, {})"):
+        nearest, gptq, quantease = (
+            ((weight - Form.parse(name.format(f"rounding='{how}'")).fit(weight, stats).to_dense()).double() @ x.T)
+            .square()
+            .sum(1)
+            for how in ("nearest", "gptq", "quantease")
+        )
+        assert float(gptq.sum()) < 0.9 * float(nearest.sum())
+        if "double" not in name:
+            assert bool((gptq <= nearest * (1 + 1e-5)).all())
+        assert bool((quantease <= gptq * (1 + 1e-5)).all())
+
+
+def test_large_weights_try_fewer_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(30, 64)
+    x = torch.randn(200, 64, dtype=torch.float64) @ torch.randn(64, 64, dtype=torch.float64)
+    stats = Stats.from_inputs(x)
+    all_, largest = (
+        relative_error(weight, Form.parse(f"minifloat(2, 1, search={search})").fit(weight, stats), stats)[1] or 0.0
+        for search in ("true", "false")
+    )
+    monkeypatch.setattr("recast.passes.forms.codebook._WORK", 0)
+    few = relative_error(weight, Form.parse("minifloat(2, 1)").fit(weight, stats), stats)[1] or 0.0
+    assert all_ < few < 0.95 * largest
 
 
 def test_values_are_clustered_as_well_as_can_be() -> None:
