@@ -95,6 +95,8 @@ def measure(subject: Subject, task: Task) -> dict[str, Any]:
     recipe = {"rules": [match | {"form": task.text}], "allow_larger": True}
     data = subject.calibration if task.family.data else None
     options: dict[str, Any] = {"cache": cache, "progress": False}
+    if task.family.ordered:
+        data = recast.calibrate(subject.program, subject.batches, recipe=recipe, **options)
     plan = recast.plan(subject.program, recipe, data, **options)
     changed = recast.rewrite(subject.program, plan, verification=False, measure=False, pictures=False, **options)
     held, layers = sum(cache.bytes.values()), list[float]()

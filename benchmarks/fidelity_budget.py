@@ -38,6 +38,8 @@ class Family:
         ``all``, ``attention``, ``mlp``, ``values`` or ``experts``: which matrices are rewritten; shares are of their bytes.
     block
         Kind of block of a form of whole blocks, else empty.
+    ordered
+        Whether each matrix is fitted to what reaches it once those before it are rewritten.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Family:
     data: bool = True
     scope: str = "all"
     block: str = ""
+    ordered: bool = False
 
 
 def planned_bytes(form: Form, shapes: Shapes) -> int | None:

@@ -35,6 +35,7 @@ def _low_rank() -> list[Family]:
             _ratios("sparse_dictionary(ratio={}, iterations=3)"),
             (*CUTS[1:], 0.5, 0.25),
         ),
+        Family("low_rank, in order", "low rank", _ratios("low_rank(ratio={})"), (*CUTS, 0.5), ordered=True),
         Family("shared_basis", "low rank", _ratios("shared_basis(ratio={}, group=2)"), (0.8, *BUDGETS)),
         Family("low_rank | int8", "low rank", _ratios("low_rank(ratio={}) | int8", 2.0)),
         Family("low_rank | int4", "low rank", _ratios("low_rank(ratio={}) | int4(group=32)", 2.0), BUDGETS[2:]),
@@ -79,6 +80,7 @@ def _sparse() -> list[Family]:
         data = method != "magnitude"
         found.append(_fixed(f"2:4 {method}", "sparse", f"sparse24(method='{method}')", data=data))
     found += [
+        Family("2:4 sparsegpt, in order", "sparse", ("sparse24(method='sparsegpt')",), (), ordered=True),
         _fixed("2:4 armor", "sparse", "armor(block=32, iterations=300, rate=0.001)"),
         _fixed("4:8 sparsegpt", "sparse", "sparse_nm(4, 8, method='sparsegpt')"),
         _fixed("2:4 sparsegpt | int4", "sparse", "sparse24(method='sparsegpt') | int4(group=64)"),
@@ -108,7 +110,9 @@ def _quantized() -> list[Family]:
             found.append(_fixed(f"{label} quantease", "quantized", f"int{bits}({settings}, rounding='quantease')"))
             found.append(_fixed(f"{label} awq", "quantized", f'awq(base="int{bits}({settings})")'))
     found.append(
-        _fixed("int4 awq, gptq", "quantized", "awq(base=\"int4(group=128, symmetric=false, rounding='gptq')\")")
+        Family("int3 gptq, in order", "quantized", ("int3(group=128, rounding='gptq')",), (), ordered=True),
+        _fixed("fp4, searched", "quantized", "fp4(search=true)"),
+        _fixed("int4 awq, gptq", "quantized", "awq(base=\"int4(group=128, symmetric=false, rounding='gptq')\")"),
     )
     for bits, plain in ((3, "int3(group=32)"), (2, "int2(group=32)")):
         base = f"int{bits}(group={128 if bits == 3 else 64}{{}})"
@@ -117,6 +121,8 @@ def _quantized() -> list[Family]:
             found.append(Family(name, "quantized", _numbers(text, range(1, 65)), (plain, 0.375)))
         text = f"lq({{}}, base='nf{bits}(double=true)', turns=8)"
         found.append(Family(f"lq nf{bits}", "quantized", _numbers(text, range(1, 65)), (plain, 0.375)))
+        fisher = text.replace("turns=8", "turns=8, weighting='fisher'")
+        found.append(Family(f"lq nf{bits} fisher", "quantized", _numbers(fisher, range(1, 65)), (plain,)))
     named = (
         "nf4",
         "nf4(double=true)",
@@ -141,6 +147,8 @@ def _quantized() -> list[Family]:
 def _activations() -> list[Family]:
     texts = {
         "int8, rounded inputs": "int8(activations=true)",
+        "fp8, rounded inputs": "fp8(activations=true)",
+        "fp4, rounded inputs": "fp4(group=64, activations=true)",
         "smoothquant": "smoothquant",
         "llm_int8": "llm_int8",
         **{f"{name}({share})": f"{name}({share})" for name in ("teal", "wina") for share in (0.25, 0.5)},
@@ -160,7 +168,7 @@ def _experts() -> list[Family]:
 
 # What the published orders need, soonest done first: a run that is cut short has that.
 STAGES = (
-    r"dense|svd|fwsvd|asvd|low_rank|2:4 (magnitude|wanda|sparsegpt|nowag)",
+    r"dense|svd|fwsvd|asvd|low_rank|low_rank, in order|2:4 (magnitude|wanda|sparsegpt|nowag)",
     r"int\d.*|.*experts.*",
     r".*, (MLPs|values|attention)",
     r"lorc.*|lq.*",

@@ -49,6 +49,7 @@ class Subject:
     matrices: dict[str, Matrix]
     judge: Callable[[Program], dict[str, float]]
     facts: dict[str, Any]
+    batches: list[tuple[Tensor, ...]]  # what calibration has seen
 
     def shapes(self, scope: str) -> Shapes:
         """Shapes of the matrices that a scope rewrites."""
@@ -124,9 +125,8 @@ def _language_model(name: str, quick: bool, log: Callable[[str], None]) -> Subje
     shown = windows(tokens.training, context, count)
     program = recast.capture(_Logits(model).eval(), (shown[:8],))
     log(f"{name}: calibrating")
-    calibration = recast.calibrate(
-        program, [(rows,) for rows in torch.split(shown, 8)], loss=_next_token, progress=False
-    )
+    batches: list[tuple[Tensor, ...]] = [(rows,) for rows in torch.split(shown, 8)]
+    calibration = recast.calibrate(program, batches, loss=_next_token, progress=False)
     seen = windows(tokens.held_out, context, max(4, count // 4))
     held_out = recast.calibrate(program, [(rows,) for rows in torch.split(seen, 8)], sample=SAMPLE, progress=False)
 
@@ -134,7 +134,7 @@ def _language_model(name: str, quick: bool, log: Callable[[str], None]) -> Subje
         return {"perplexity": perplexity(lambda ids: _only(changed(ids)), judged)}
 
     facts = {"judged_tokens": judged[:, 1:].numel(), "calibration_tokens": shown.numel()}
-    return _subject(name, program, calibration, held_out, judge, facts)
+    return _subject(name, program, calibration, held_out, judge, facts, batches)
 
 
 def _only(output: Any) -> Tensor:
@@ -168,7 +168,7 @@ def _encoder(quick: bool, log: Callable[[str], None]) -> Subject:
     model = encoder()
     program = recast.capture(model, judged)
     log("minilm: calibrating")
-    batches = [encode(shown[i : i + 16], 128) for i in range(0, len(shown), 16)]
+    batches: list[tuple[Tensor, ...]] = [encode(shown[i : i + 16], 128) for i in range(0, len(shown), 16)]
     calibration = recast.calibrate(program, batches, loss=_alike, progress=False)
     held_out = recast.calibrate(program, [(judged[0][::4], judged[1][::4])], sample=SAMPLE, progress=False)
     with torch.no_grad():
@@ -184,7 +184,7 @@ def _encoder(quick: bool, log: Callable[[str], None]) -> Subject:
         return {"cosine": float(alike.mean()), "worst_cosine": float(alike.min()), "same_neighbour": float(same)}
 
     facts = {"judged_sentences": len(reference), "calibration_tokens": len(shown) * 128}
-    return _subject("minilm", program, calibration, held_out, judge, facts)
+    return _subject("minilm", program, calibration, held_out, judge, facts, batches)
 
 
 def _nearest(embeddings: Tensor) -> Tensor:
@@ -199,10 +199,11 @@ def _subject(
     held_out: Calibration,
     judge: Callable[[Program], dict[str, float]],
     facts: dict[str, Any],
+    batches: list[tuple[Tensor, ...]],
 ) -> Subject:
     sites = [s for s in find_linear(program)[0] if not s.tied and min(s.out_features, s.in_features) >= SMALLEST]
     constants = Constants(program)
     matrices = {site.name: matrix_of(site.uses[0], constants) for site in sites}
     weights = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices.values())
     facts |= {"matrices": len(matrices), "weights": weights, "bytes": weights * HALF.itemsize}
-    return Subject(name, program, calibration, held_out, matrices, judge, facts)
+    return Subject(name, program, calibration, held_out, matrices, judge, facts, batches)

@@ -65,6 +65,8 @@ def _low_rank(rows: Rows, model: str) -> list[dict[str, Any]]:
     for budget in CUTS:
         found += compare(rows, model, "whitened < ASVD < plain SVD", ("low_rank", "asvd", "svd"), budget)
         found += compare(rows, model, "whitened < FWSVD < plain SVD", ("low_rank", "fwsvd", "svd"), budget)
+        order = "whitened in the order of the model <= all at once"
+        found += compare(rows, model, order, ("low_rank, in order", "low_rank"), budget)
         for name in ("nystrom, MLPs", "svd_vo, values"):
             order = f"MoDeGPT ({name}) below whitened SVD at equal cut"
             found += compare(rows, model, order, (name, f"low_rank, {name.partition(', ')[2]}"), budget)

@@ -191,18 +191,11 @@ def check_coverage(found: float, asked: float, covered: Any) -> None:
 
 def _check_budget(recipe: Recipe) -> None:
     """Refuse what a choice site by site cannot weigh: bytes of a shared form depend on what other sites take."""
-    forms = [recipe.default, *recipe.candidates, *(rule.form for rule in recipe.rules)]
-    for form in forms if recipe.budget is not None else []:
-        if form is not None and form.site_kind != "linear":
-            raise PlanError(
-                f"plan: '{form}' is a form of a whole block, and a budget chooses for each matrix by itself; "
-                "plan without a budget, or give the block's linears forms of one matrix"
-            )
-        if form is not None and form.shared_part is not None:
-            raise PlanError(
-                f"plan: '{form}' is shared between sites, and a budget chooses for each by itself; name the sites that "
-                "share in a plan without a budget, or choose among forms of one site"
-            )
+    for form, told in recipe.of_several_matrices() if recipe.budget is not None else ():
+        raise PlanError(
+            f"plan: '{form}' {told}, and a budget chooses for each matrix by itself; "
+            "plan without a budget, or choose among forms of one matrix"
+        )
 
 
 def forms_by_name(recipe: Recipe, sites: list[LinearSite]) -> tuple[dict[str, list[Form]], list[Skip]]:

@@ -161,6 +161,16 @@ class Recipe:
         """Whether a rule (not the default, not a bare ``*``) speaks of this site."""
         return any(r.match != "*" and r.matches(name, kind) for r in self.rules)
 
+    def of_several_matrices(self) -> list[tuple[Form, str]]:
+        """Forms that are no matter of one matrix by itself, and what they are instead."""
+        found = []
+        for form in (self.default, *self.candidates, *(rule.form for rule in self.rules)):
+            if form is not None and form.site_kind != "linear":
+                found.append((form, "is a form of a whole block"))
+            elif form is not None and form.shared_part is not None:
+                found.append((form, "is shared between sites"))
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """JSON- and YAML-able form; `Recipe.of` reads it back."""
         found: dict[str, Any] = {}

@@ -77,17 +77,11 @@ def _refuse(asked: Recipe) -> None:
             "calibration: sites are fitted in their order, and a budget is decided over all of them at once; "
             "give the recipe's forms without a budget"
         )
-    for form in (asked.default, *(rule.form for rule in asked.rules)):
-        if form is not None and form.site_kind != "linear":
-            raise CalibrationError(
-                f"calibration: '{form}' is a form of a whole block, and here single matrices are fitted in their order; "
-                "calibrate without a recipe for it"
-            )
-        if form is not None and form.shared_part is not None:
-            raise CalibrationError(
-                f"calibration: '{form}' is fitted to several sites at once, and here sites are fitted in their order; "
-                "calibrate without a recipe for it"
-            )
+    for form, told in asked.of_several_matrices():
+        raise CalibrationError(
+            f"calibration: '{form}' {told}, and here single matrices are fitted in their order; "
+            "calibrate without a recipe for it"
+        )
 
 
 class _Walk:

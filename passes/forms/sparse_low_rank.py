@@ -16,7 +16,7 @@ from recast.passes.forms.low_rank import LowRank
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.pruning import check_method
 from recast.passes.forms.stats import Stats
-from recast.passes.forms.unstructured import Unstructured
+from recast.passes.forms.unstructured import Unstructured, check_storage
 
 __all__ = ["SparseLowRank"]
 
@@ -52,19 +52,24 @@ class SparseLowRank(NamedForm):
         default=None,
         metadata={"help": "of the sparse part: 'magnitude', 'wanda', 'nowag' or 'sparsegpt'; as unstructured's"},
     )
+    storage: str = field(
+        default="bitmap", metadata={"help": "of its places: 'bitmap', or 'tiled', smaller below a density of 1/16"}
+    )
 
     def __post_init__(self) -> None:
         check_method("sparse_low_rank", self.method)
+        check_storage("sparse_low_rank", self.storage)
         self.terms()
 
     @classmethod
     def positional(cls, values: list[Scalar]) -> list[str]:
         first = LowRank.positional(values[:1])
-        return [*first, "density", "method"][: len(values)]
+        return [*first, "density", "method", "storage"][: len(values)]
 
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:
-        return [cls(rank=max(1, min(shape) // 8), density=0.1)]
+        rank = max(1, min(shape) // 8)
+        return [cls(rank=rank, density=0.1), cls(rank=rank, density=0.05, storage="tiled")]
 
     @classmethod
     def ladder(cls, shape: tuple[int, int]) -> list[NamedForm]:
@@ -77,7 +82,7 @@ class SparseLowRank(NamedForm):
 
     def terms(self) -> tuple[Unstructured, LowRank]:
         """Return the two forms that are added."""
-        return Unstructured(self.density, self.method), LowRank(rank=self.rank, ratio=self.ratio)
+        return Unstructured(self.density, self.method, storage=self.storage), LowRank(rank=self.rank, ratio=self.ratio)
 
     def problem(self, shape: tuple[int, int]) -> tuple[str, str] | None:
         return next((found for term in self.terms() if (found := term.problem(shape)) is not None), None)

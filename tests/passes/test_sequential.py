@@ -151,7 +151,7 @@ def test_saved_and_loaded_and_held_to_its_recipe(model: Twice, batches: list[Ten
     ("recipe", "message"),
     [
         ({"default": FORM, "budget": 0.5, "candidates": ["int8"]}, "without a budget"),
-        ("shared_basis(4)", "fitted to several sites at once"),
+        ("shared_basis(4)", "is shared between sites"),
         ({"rules": [{"match": "*", "form": "nystrom(ratio=0.5)"}]}, "a form of a whole block"),
     ],
 )
