@@ -109,11 +109,11 @@ def _quantized() -> list[Family]:
         if "," not in label:
             found.append(_fixed(f"{label} quantease", "quantized", f"int{bits}({settings}, rounding='quantease')"))
             found.append(_fixed(f"{label} awq", "quantized", f'awq(base="int{bits}({settings})")'))
-    found.append(
+    found += [
         Family("int3 gptq, in order", "quantized", ("int3(group=128, rounding='gptq')",), (), ordered=True),
         _fixed("fp4, searched", "quantized", "fp4(search=true)"),
         _fixed("int4 awq, gptq", "quantized", "awq(base=\"int4(group=128, symmetric=false, rounding='gptq')\")"),
-    )
+    ]
     for bits, plain in ((3, "int3(group=32)"), (2, "int2(group=32)")):
         base = f"int{bits}(group={128 if bits == 3 else 64}{{}})"
         for name, rounding in ((f"lorc int{bits}", ""), (f"lorc int{bits} gptq", ", rounding='gptq'")):
