@@ -46,6 +46,7 @@ class Int4(Integer):
             cls(group=16),
             cls(group=8, symmetric=False),
             cls(group=100),
+            cls(group=16, clip=False),
             cls(rounding="gptq"),
             cls(group="tensor"),
             cls(group="tensor", symmetric=False, rounding="gptq"),

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from recast.passes.forms.form import NamedForm
 from recast.passes.forms.integer import TENSOR, check_group, check_rounding, inputs_of_group
-from recast.passes.forms.quantized import Quantized, fit_quantized, outline_quantized
+from recast.passes.forms.quantized import Quantized, outline_quantized
+from recast.passes.forms.quantized_fit import fit_quantized
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 

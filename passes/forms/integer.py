@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.form import NamedForm
-from recast.passes.forms.quantized import Quantized, fit_quantized, outline_quantized
+from recast.passes.forms.quantized import Quantized, outline_quantized
+from recast.passes.forms.quantized_fit import fit_quantized
 from recast.passes.forms.rounding import ROUNDINGS
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
@@ -59,6 +60,9 @@ class Integer(NamedForm):
     symmetric: bool = field(default=True, metadata={"help": "the middle code is zero; false: a zero point a group"})
     rounding: str = field(default="nearest", metadata={"help": "'nearest', or with data 'gptq' or 'quantease'"})
     act_order: bool = field(default=False, metadata={"help": "gptq: round inputs of the largest mean square first"})
+    clip: bool = field(
+        default=True, metadata={"help": "cut a group's largest values off where that errs less; false: never"}
+    )
 
     def __post_init__(self) -> None:
         check_group(self.name, self.group, 32)
@@ -92,4 +96,5 @@ class Integer(NamedForm):
             per_tensor=self.group == TENSOR,
             rounding=self.rounding,
             act_order=self.act_order,
+            clip=self.clip,
         )
