@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.stats import Stats, squared_error
-from recast.patterns.errors import FormError, WeightError, nearest
+from recast.patterns.errors import FormError, RecastError, WeightError, nearest
 
 __all__ = ["Form", "NamedForm", "Parameter", "Together"]
 
@@ -161,7 +161,17 @@ class Form(abc.ABC):
 
     def _solved(self, weight: Tensor, stats: Stats | None, where: str | None) -> Operator:
         """What `solve` gives, once it is an operator of the weight's shape and dtype."""
-        made, at = self.solve(weight, stats), f" at {where}" if where else ""
+        at = f" at {where}" if where else ""
+        try:
+            made = self.solve(weight, stats)
+        except Exception as error:
+            # Of a form from elsewhere: who runs a plan should read which one failed, and at what.
+            if isinstance(error, RecastError) or type(self).__module__.startswith("recast."):
+                raise
+            raise FormError(
+                f"{self}: solve failed{at} on a weight {tuple(weight.shape)} of {weight.dtype}: "
+                f"{type(error).__name__}: {error}; repair {type(self).__module__}.{type(self).__qualname__}.solve"
+            ) from error
         if not isinstance(made, Operator):
             raise FormError(f"{self}: solve gave a {type(made).__name__}{at}; an Operator, such as Dense, would work")
         wanted = (tuple(weight.shape), weight.dtype)

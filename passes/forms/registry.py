@@ -67,5 +67,5 @@ def form_named(name: str) -> type[NamedForm]:
     """Return the form of that name; raises FormError with the nearest name there is."""
     known = forms() | module_forms()
     if name not in known:
-        raise FormError(f"unknown form {name!r}; {nearest(name, known)}")
+        raise FormError(f"unknown form {name!r}; {nearest(name, known)}; forms of other packages need these installed")
     return known[name]

@@ -229,3 +229,14 @@ def test_an_edited_fit_is_not_taken_from_disk(tmp_path: Path, monkeypatch: pytes
         found.append((plan.entries["0"].predicted_error, cache.fits))
         del sys.modules["scaled_for_test"]
     assert found == [(0.0, 1), (0.0, 0), (0.5, 1)]
+
+
+def test_what_goes_wrong_in_a_fit_names_the_form_and_the_site() -> None:
+    def failing(self: NamedForm, weight: Tensor, stats: Stats | None) -> Operator:
+        raise torch.linalg.LinAlgError("not converged")
+
+    form("breaking", solve=failing)
+    with pytest.raises(
+        FormError, match=r"breaking: solve failed at encoder\.q on a weight \(3, 2\).*not converged; repair"
+    ):
+        Form.parse("breaking").fit(torch.ones(3, 2), where="encoder.q")
