@@ -174,7 +174,7 @@ class _Walk:
         options = {target.name: measured_entries([target.name], forms[0], targets, self.cache)}
         if isinstance(decide(options, targets, self.asked)[target.name], Skip):
             return None
-        return self.cache.fit(target.matrix, forms[0], target.stats).operator.to_dense()
+        return self.cache.fit(target.matrix, forms[0], target.stats, where=target.name).operator.to_dense()
 
     def _group(self, site: LinearSite, use: Use) -> str | None:
         """Gather statistics of what a site reads in the rewritten program, once for all that read the same."""
