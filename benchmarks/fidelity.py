@@ -8,7 +8,7 @@ bytes allows (100, 75, 50, 37.5, 25 and 12.5 % of 16 bits; where low rank is pub
 float32 in the rewritten program. Fits see training text, all figures are of text that was held out.
 
 Every row has a process of its own and is kept as it comes (`FILE.parts/`); `--resume` goes on with those that are missing.
-Prints the rows, the published orders and whether they hold, and draws `docs/fidelity.svg`.
+Prints the rows, the published orders and whether they hold, draws `docs/fidelity.svg`, and with `--page` writes a page.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from rich.console import Console
 from benchmarks.fidelity_budget import HALF, Family, choices
 from benchmarks.fidelity_forms import FAMILIES, stage
 from benchmarks.fidelity_orders import check_orders, orders_table
+from benchmarks.fidelity_page import write_page
 from benchmarks.fidelity_picture import draw
 from benchmarks.fidelity_rows import key_of, rows_table
 from benchmarks.harness import machine_facts
@@ -239,6 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--picture", type=Path, default=ROOT / "docs" / "fidelity.svg", help="where it is drawn, with --json"
     )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the tables there: docs/fidelity.md")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     parts = None if chosen.json is None else chosen.json.with_name(chosen.json.name + ".parts")
@@ -259,6 +261,8 @@ def main(arguments: list[str] | None = None) -> int:
         write(chosen.json, result)
         if any(row["model"] == "llama" and row["form"] == "dense" for row in rows) and not chosen.quick:
             chosen.picture.write_text(draw([row for row in rows if row["model"] == "llama"]), encoding="utf-8")
+        if chosen.page is not None:
+            write_page(chosen.page, rows, orders, machine_facts()["libraries"])
     return 0
 
 
