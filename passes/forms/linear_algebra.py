@@ -164,7 +164,7 @@ def _scaled(matrix: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
     found = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
     step = max(1, _CACHED // matrix.shape[1])
     for start in range(0, len(matrix), step):
-        found[start : start + step] = matrix[start : start + step].double().div_(size)
+        found[start : start + step] = matrix[start : start + step].double() / size
     return found
 
 

@@ -169,7 +169,10 @@ def test_sketching_is_within_a_percent(shape: tuple[int, int], decay: float) -> 
     for x in (None, inputs(n, 1000, 1e3)):
         gram = None if x is None else x.T @ x
         sigma = scipy.linalg.svdvals(weight.numpy() if x is None else (weight @ x.T).numpy())
+        before = weight.clone(), None if gram is None else gram.clone()
         basis = leading_subspace(weight, gram, rank=40, solver="randomized")
+        assert torch.equal(weight, before[0])
+        assert gram is None or torch.equal(gram, before[1])
         assert_close(basis.T @ basis, torch.eye(40, dtype=torch.float64), terms=10**4)
         rest = weight - basis @ (basis.T @ weight)
         found = float((rest if x is None else rest @ x.T).norm())
