@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.form import NamedForm
-from recast.passes.forms.operator import Cost, Dense, Operator, Refit
+from recast.passes.forms.operator import Cost, Dense, Operator, Refit, holds, stripped
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
@@ -174,17 +174,12 @@ def column_norms(weight: Tensor) -> Tensor:
 
 def gates(operator: Operator) -> bool:
     """Whether anything in an operator leaves inputs out token by token."""
-    return isinstance(operator, Gated) or any(gates(child) for child in operator.children().values())
+    return holds(operator, Gated)
 
 
 def ungated(operator: Operator) -> Operator:
     """Return the same operator without its gates: the linear map whose matrix `to_dense` is."""
-    if isinstance(operator, Gated):
-        return ungated(operator.weight)
-    if not gates(operator):
-        return operator
-    children = {name: ungated(child) for name, child in operator.children().items()}
-    return type(operator).build(operator.fields(), operator.own_tensors(), children)
+    return stripped(operator, Gated)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,18 @@ from torch import Tensor
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError, nearest
 
-__all__ = ["Cost", "Dense", "Operator", "Refit", "below", "common_tensors", "dtype_from_name", "dtype_name"]
+__all__ = [
+    "Cost",
+    "Dense",
+    "Operator",
+    "Refit",
+    "below",
+    "common_tensors",
+    "dtype_from_name",
+    "dtype_name",
+    "holds",
+    "stripped",
+]
 
 Refit = Callable[["Dense", str, "Stats | None"], "Operator"]
 Self = TypeVar("Self", bound="Operator")
@@ -284,3 +295,18 @@ class Dense(Operator):
 
     def refit(self, fit: Refit, stats: Stats | None = None, path: str = "") -> Operator:
         return fit(self, path, stats)
+
+
+def holds(operator: Operator, kind: type[Operator]) -> bool:
+    """Whether an operator is of a kind, or anything in it."""
+    return isinstance(operator, kind) or any(holds(child, kind) for child in operator.children().values())
+
+
+def stripped(operator: Operator, kind: type[Operator]) -> Operator:
+    """Return the same operator with the `weight` of every operator of a kind in its place."""
+    if isinstance(operator, kind):
+        return stripped(operator.children()["weight"], kind)
+    if not holds(operator, kind):
+        return operator
+    children = {name: stripped(child, kind) for name, child in operator.children().items()}
+    return type(operator).build(operator.fields(), operator.own_tensors(), children)

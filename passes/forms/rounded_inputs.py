@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recast.kernels.quantized_matmul.floats import FloatGrid, float_tokens, rounded_product
-from recast.passes.forms.operator import Cost, Operator, Refit
+from recast.passes.forms.operator import Cost, Operator, Refit, holds, stripped
 from recast.passes.forms.stats import Stats
 
 __all__ = ["RoundedInputs", "rounds_to_floats", "unrounded"]
@@ -111,14 +111,9 @@ class RoundedInputs(Operator):
 
 def rounds_to_floats(operator: Operator) -> bool:
     """Whether anything in an operator rounds its inputs to a float format."""
-    return isinstance(operator, RoundedInputs) or any(rounds_to_floats(c) for c in operator.children().values())
+    return holds(operator, RoundedInputs)
 
 
 def unrounded(operator: Operator) -> Operator:
     """Return the same operator without rounding to float formats: the linear map whose matrix `to_dense` is."""
-    if isinstance(operator, RoundedInputs):
-        return unrounded(operator.weight)
-    if not rounds_to_floats(operator):
-        return operator
-    children = {name: unrounded(child) for name, child in operator.children().items()}
-    return type(operator).build(operator.fields(), operator.own_tensors(), children)
+    return stripped(operator, RoundedInputs)
