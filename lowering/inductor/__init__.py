@@ -30,6 +30,9 @@ class Inductor(Lowering):
     name: ClassVar[str] = "inductor"
     summary: ClassVar[str] = "torch.compile with Inductor (CPU and CUDA)"
     compiles: ClassVar[bool] = True
+    # Choice of kernels, as weights are inputs of what is compiled or constants of it.
+    choose = staticmethod(choose)
+    choose_frozen = staticmethod(choose_frozen)
 
     def __init__(self, freezing: bool = True, options: dict[str, Any] | None = None) -> None:
         self.freezing, self.options = freezing, dict(options or {})
@@ -37,7 +40,7 @@ class Inductor(Lowering):
 
     def prepare(self, program: Program) -> Runner:
         """Compile on first call for each set of shapes that needs its own code; sizes that were dynamic stay so."""
-        inlined, self._kernels = inline_operators(program, choose_frozen if self.freezing else choose)
+        inlined, self._kernels = inline_operators(program, self.choose_frozen if self.freezing else self.choose)
         compiled = compile_program(inlined, self._kernels, freezing=self.freezing, options=self.options)
 
         def run(leaves: list[Any]) -> list[Any]:

@@ -1,0 +1,242 @@
+"""Calls the Triton kernel of packed codes: the tile for a number of tokens, the sums that zero points need, splits and their sum.
+
+Importing this file needs torch alone; calling it needs Triton, and a GPU or ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recast.kernels.quantized_matmul.lanes import block_of
+
+__all__ = ["KINDS", "Tile", "constants", "interpreting", "launch", "middle_of", "pairs_of", "steps_of", "tile_for"]
+
+KINDS = ("integer", "table", "pairs", "float")
+# Blocks of a kernel that a processor should have, so that the loads of some wait while others multiply.
+_WAVES = 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the work is cut.
+
+    Attributes
+    ----------
+    rows, tokens
+        Outputs and vectors of a block of the kernel.
+    warps, stages
+        Of a block; loads that are under way at a time.
+    """
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int = 1
+
+
+# By the most tokens that they serve. Two warps keep the few tokens' product on the instructions of one warp, which need no
+# shared memory for the weight.
+TILES = (
+    (16, Tile(32, 16, 2)),
+    (32, Tile(64, 32, 4)),
+    (64, Tile(64, 64, 4)),
+    (math.inf, Tile(128, 128, 8, 3)),
+)
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run on the CPU, as its interpreter runs them."""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+def tile_for(tokens: int) -> Tile:
+    """Return the tile for a number of tokens.
+
+    Examples
+    --------
+    >>> tile_for(1).tokens, tile_for(4096).tokens
+    (16, 128)
+    """
+    return next(tile for most, tile in TILES if tokens <= most)
+
+
+def steps_of(bits: int, group: int) -> int:
+    """Return how many sixteens of inputs are summed before they are scaled.
+
+    Raises
+    ------
+    ValueError
+        A group (0 for all inputs of a row) is no number of sixteens.
+
+    Examples
+    --------
+    >>> steps_of(4, 128), steps_of(4, 32), steps_of(2, 0), steps_of(4, 48)
+    (8, 2, 16, 1)
+    """
+    if group % 16:
+        raise ValueError(
+            f"the kernel scales sums of 16 inputs: groups of {group} do not divide so; 32, 64 or 128 would"
+        )
+    step = math.gcd(group, block_of(bits)) // 16 if group else block_of(bits) // 16
+    return step & -step  # pieces of a product are joined two by two
+
+
+def middle_of(bits: int, kind: str, dtype: torch.dtype) -> float:
+    """Return what decoding adds to the code of zero, beside its zero point: codes count from the middle where there is none.
+
+    Examples
+    --------
+    >>> middle_of(4, "integer", torch.bfloat16), middle_of(8, "integer", torch.bfloat16)
+    (128.0, 0.0)
+    """
+    if kind != "integer" or bits == 8:
+        return 0.0
+    return {torch.bfloat16: 128.0, torch.float16: 1024.0}.get(dtype, -float(2 ** (bits - 1)))
+
+
+def pairs_of(table: Tensor) -> Tensor:
+    """Return a table of 16-bit floats (k,) as one of pairs, int32 (k^2,): entry ``i + k j`` holds those of i and of j.
+
+    Examples
+    --------
+    >>> pairs = pairs_of(torch.tensor([1.0, 2.0], dtype=torch.float16))
+    >>> [hex(entry) for entry in pairs.tolist()]
+    ['0x3c003c00', '0x3c004000', '0x40003c00', '0x40004000']
+    """
+    bits = table.view(torch.int16).to(torch.int32) & 0xFFFF
+    return ((bits[:, None] << 16) | bits[None, :]).reshape(-1)
+
+
+def constants(bits: int, group: int, kind: str, dtype: torch.dtype, tile: Tile, *, zeros: bool) -> dict[str, object]:
+    """Return the kernel's constants but for those that say which operands it has."""
+    middle = 0.0 if kind != "integer" or zeros or bits == 8 else middle_of(bits, kind, dtype) + 2 ** (bits - 1)
+    return {
+        "BITS": bits,
+        "BLOCK": block_of(bits),
+        "STEP": steps_of(bits, group),
+        "GROUP": group,
+        "KIND": kind,
+        "HAS_MIDDLE": zeros,
+        "MIDDLE": middle,
+        "WIDE": interpreting(),
+        "ROWS": tile.rows,
+        "TOKENS": tile.tokens,
+        "WARPS": tile.warps,
+    }
+
+
+def launch(
+    x: Tensor,
+    values: Tensor,
+    high_values: Tensor | None,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    table: Tensor | None,
+    bias: Tensor | None,
+    left: Tensor | None,
+    inner: Tensor | None,
+    *,
+    bits: int,
+    group: int,
+    kind: str,
+    tile: Tile | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Multiply vectors by a weight in lane order.
+
+    Parameters
+    ----------
+    x
+        (tokens, n), float32, float16 or bfloat16.
+    values, high_values
+        As `lanes.to_lanes` gives them: int32 (m, words).
+    scale, zero
+        (groups, m), contiguous, or None; `zero` holds whole numbers in a floating dtype.
+    table
+        (2^bits,) for kind "table"; `pairs_of` such a one, in x's dtype, for kind "pairs".
+    bias
+        (m,) or None.
+    left, inner
+        (m, rank) and (tokens, rank): their product is added, in the same pass. Or None.
+    bits, group, kind
+        2, 3, 4 or 8; inputs in a group, a multiple of 16, 0 for all; one of `KINDS`.
+    tile, splits
+        Chosen by the number of tokens and the device if not given.
+
+    Returns
+    -------
+    (tokens, m) in x's dtype.
+    """
+    import triton
+
+    from recast.kernels.quantized_matmul.triton import dequantizing_matmul_kernel, sum_splits_kernel
+
+    tokens, features = x.shape
+    rows = values.shape[0]
+    out = x.new_empty((tokens, rows))
+    if not out.numel():
+        return out
+    x = x if x.stride(1) == 1 else x.contiguous()
+    tile = tile or tile_for(tokens)
+    blocks = -(-features // block_of(bits))
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens)
+    splits = splits or _splits(tiles, blocks, tokens, x.device)
+    per_split = -(-blocks // splits)
+    splits = -(-blocks // per_split)
+    fixed = constants(bits, group, kind, x.dtype, tile, zeros=zero is not None)
+    needs_sums = zero is not None or fixed["MIDDLE"] != 0
+    width = steps_of(bits, group) * 16
+    sums = _sums(x, width, -(-blocks * block_of(bits) // width)) if needs_sums else None
+    middle = None if zero is None else zero.to(torch.float32) + middle_of(bits, kind, x.dtype)
+    partial = x.new_empty((splits, tokens, rows), dtype=torch.float32) if splits > 1 else out
+    grid = (triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.tokens), splits)
+    with _on(x):
+        dequantizing_matmul_kernel[grid](
+            x, _or(sums, x), values, _or(high_values, values), _or(scale, x), _or(middle, x), _or(table, x),
+            _or(left, x), _or(inner, x), _or(bias, x), partial,
+            tokens, rows, features, 1 if scale is None else scale.shape[0], blocks, 0 if left is None else left.shape[1],
+            x.stride(0), tokens, values.stride(0), 0 if high_values is None else high_values.stride(0),
+            rows, 0 if left is None else left.stride(0), 0 if inner is None else inner.stride(0),
+            rows, tokens * rows, per_split,
+            HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, RANK=_rank(left),
+            num_warps=tile.warps, num_stages=tile.stages, **fixed,
+        )  # fmt: skip
+        if splits > 1:
+            count = tokens * rows
+            sum_splits_kernel[(triton.cdiv(count, 1024),)](partial, out, count, splits, BLOCK=1024)
+    return out
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """Stands for an operand that is not there; nothing reads it."""
+    return other if tensor is None else tensor
+
+
+def _rank(left: Tensor | None) -> int:
+    """Part of the rank that is taken at a time, 0 without one."""
+    return 0 if left is None else 16 if left.shape[1] <= 16 else 32 if left.shape[1] <= 32 else 64
+
+
+def _sums(x: Tensor, width: int, steps: int) -> Tensor:
+    """Sums of each `width` inputs, float32 (steps, tokens)."""
+    tokens, features = x.shape
+    padded = torch.nn.functional.pad(x, (0, steps * width - features))
+    return padded.reshape(tokens, steps, width).sum(2, dtype=torch.float32).T.contiguous()
+
+
+def _splits(tiles: int, blocks: int, tokens: int, device: torch.device) -> int:
+    """Cut the inputs where outputs alone would leave processors idle; partial sums cost memory, so for few tokens only."""
+    if tokens > 64:
+        return 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return max(1, min(blocks // 4, processors * _WAVES // tiles, 16))
+
+
+def _on(x: Tensor) -> torch.cuda.device:
+    """Triton launches on the current device, which need not be that of the operands."""
+    return torch.cuda.device(x.device.index if x.device.type == "cuda" else -1)

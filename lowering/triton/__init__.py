@@ -1,0 +1,46 @@
+"""Triton: the rewritten program compiled by `torch.compile`, with kernels of recast's own where weights are packed."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import ClassVar
+
+import torch
+
+from recast.kernels.quantized_matmul.launch import interpreting
+from recast.lowering.base import Runner
+from recast.lowering.inductor import Inductor
+from recast.lowering.triton.kernels import choose
+from recast.patterns.errors import TargetError
+from recast.patterns.program import Program
+
+__all__ = ["Triton"]
+
+
+class Triton(Inductor):
+    """Compiles a program with Inductor; packed weights stay packed and are decoded in registers.
+
+    Parameters are those of `Inductor`. Weights are never folded into constants: they would be written out.
+    """
+
+    name: ClassVar[str] = "triton"
+    summary: ClassVar[str] = "Inductor with recast's Triton kernels (CUDA; ROCm compiles, untried)"
+
+    choose = staticmethod(choose)
+    choose_frozen = staticmethod(choose)
+
+    def prepare(self, program: Program) -> Runner:
+        """As `Inductor.prepare`; raises TargetError where nothing could run the kernels."""
+        self.installed()
+        return super().prepare(program)
+
+    @classmethod
+    def installed(cls) -> None:
+        """Raise TargetError where nothing could run the kernels."""
+        if importlib.util.find_spec("triton") is None:
+            raise TargetError("target 'triton': Triton is not installed; `pip install 'recast[triton]'` would do")
+        if not torch.cuda.is_available() and not interpreting():
+            raise TargetError(
+                "target 'triton': torch finds no GPU here; target 'inductor' runs on the CPU, and TRITON_INTERPRET=1 runs the "
+                "kernels in Triton's interpreter, for tests"
+            )

@@ -1,0 +1,60 @@
+"""The triton target, its kernels interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import recast
+from recast.lowering.triton.kernels import DEQUANTIZING, WITH_LOW_RANK
+from recast.patterns.errors import TargetError
+from tests.helpers import assert_close
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMS = {
+    "int4(group=16)": DEQUANTIZING,
+    "int3(group=32, symmetric=false)": DEQUANTIZING,
+    "int8": DEQUANTIZING,
+    "nf4(group=16)": DEQUANTIZING,
+    "nf4(double=true)": DEQUANTIZING,
+    "int4(group=16) + low_rank(rank=3)": WITH_LOW_RANK,
+    "low_rank(rank=20) | int4(group=16)": DEQUANTIZING,
+    "low_rank(rank=20)": "aten",
+    "int4(group=20)": "aten (groups of 20 are no multiple of 16)",
+    "int8(activations=true)": "aten (rounded activations: no kernel yet)",
+}
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(60, 48), nn.ReLU(), nn.Linear(48, 33, bias=False)).eval().to(DEVICE)
+    program = recast.capture(model, (torch.randn(4, 60, device=DEVICE),))
+    recipe = {"rules": [{"match": "0", "form": "int4(group=16)"}, {"match": "2", "form": "int8(activations=true)"}]}
+    artifact = recast.lower(recast.rewrite(program, recast.plan(program, recipe)), "triton")
+    kernels = {row.name: row.kernel for row in artifact.report.rows}
+    assert kernels == {"0": DEQUANTIZING, "2": "aten (rounded activations: no kernel yet)"}
+    artifact.save(tmp_path / "saved")
+    x = torch.randn(5, 60, device=DEVICE)
+    assert torch.equal(recast.load(tmp_path / "saved")(x), artifact(x))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if "activations" not in form])
+def test_numbers(form: str) -> None:
+    model = nn.Linear(60, 33).eval().to(DEVICE)
+    program = recast.capture(model, (torch.randn(4, 60, device=DEVICE),))
+    rewritten = recast.rewrite(program, recast.plan(program, {"default": form, "allow_larger": True}))
+    artifact = recast.lower(rewritten, "triton")
+    assert [row.kernel for row in artifact.report.rows] == [FORMS[form]]
+    for tokens in (1, 7):
+        x = torch.randn(tokens, 60, device=DEVICE)
+        assert_close(artifact(x), rewritten(x), terms=60)
+
+
+def test_without_a_gpu_it_says_what_would_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = recast.capture(nn.Linear(8, 8).eval(), (torch.randn(2, 8),))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(TargetError, match="no GPU here; target 'inductor'"):
+        recast.lower(program, "triton")
