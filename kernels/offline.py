@@ -6,16 +6,19 @@ the metadata of AMD's assembly.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import pkgutil
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TARGETS", "Resources", "compile_offline", "target_named"]
+__all__ = ["TARGETS", "Case", "Resources", "cases", "compile_case", "compile_offline", "target_named"]
 
 # Name, backend, architecture, threads of a warp, bytes of shared memory that a block may have.
 TARGETS: dict[str, tuple[str, int | str, int, int]] = {
@@ -62,7 +65,66 @@ class Resources:
         """All but the code itself, JSON-able."""
         found = asdict(self)
         del found["asm"]
-        return found
+        return found | {"clean": self.clean}
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing spills, shared memory fits, the matrix unit is used, and 16 bytes are loaded at a time."""
+        return (
+            not self.spilled
+            and self.shared <= self.shared_limit
+            and bool(self.matrix)
+            and max(self.loads, default=0) >= 16
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of a kernel.
+
+    Attributes
+    ----------
+    kernel
+        ``module:function``.
+    name
+        For tables.
+    signature, constants, aligned, num_warps, num_stages
+        As `compile_offline` takes them.
+    weights
+        Numbers of the streaming operand that a thread handles in one turn of the innermost loop, to count instructions by.
+    """
+
+    kernel: str
+    name: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    aligned: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+    weights: int = 0
+
+
+def cases(target: str) -> Iterator[Case]:
+    """Every configuration of every kernel for a target: what the files `resources.py` of `recast.kernels` list."""
+    package = importlib.import_module("recast.kernels")
+    for found in pkgutil.iter_modules(package.__path__):
+        name = f"recast.kernels.{found.name}.resources"
+        if found.ispkg and importlib.util.find_spec(name) is not None:
+            yield from importlib.import_module(name).cases(target)
+
+
+def compile_case(case: Case, target: str) -> Resources:
+    """Compile one configuration for a target."""
+    module, _, function = case.kernel.partition(":")
+    return compile_offline(
+        getattr(importlib.import_module(module), function),
+        case.signature,
+        case.constants,
+        target,
+        aligned=case.aligned,
+        num_warps=case.num_warps,
+        num_stages=case.num_stages,
+    )
 
 
 def target_named(name: str) -> Any:

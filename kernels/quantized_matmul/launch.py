@@ -40,13 +40,21 @@ class Tile:
 
 
 # By the most tokens that they serve. Two warps keep the few tokens' product on the instructions of one warp, which need no
-# shared memory for the weight.
-TILES = (
-    (16, Tile(32, 16, 2)),
-    (32, Tile(64, 32, 4)),
-    (64, Tile(64, 64, 4)),
-    (math.inf, Tile(128, 128, 8, 3)),
-)
+# shared memory for the weight. AMD's matrix units take no fewer than 16 vectors, and its blocks share less memory.
+TILES = {
+    "cuda": (
+        (8, Tile(32, 8, 2)),
+        (16, Tile(32, 16, 2)),
+        (32, Tile(64, 32, 4)),
+        (64, Tile(64, 64, 4)),
+        (math.inf, Tile(128, 128, 8, 3)),
+    ),
+    "hip": (
+        (16, Tile(32, 16, 2)),
+        (64, Tile(64, 64, 4)),
+        (math.inf, Tile(128, 128, 8)),
+    ),
+}
 
 
 def interpreting() -> bool:
@@ -54,15 +62,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "") == "1"
 
 
-def tile_for(tokens: int) -> Tile:
-    """Return the tile for a number of tokens.
+def tile_for(tokens: int, backend: str | None = None) -> Tile:
+    """Return the tile for a number of tokens, on "cuda" or "hip" (default: what torch was built for).
 
     Examples
     --------
-    >>> tile_for(1).tokens, tile_for(4096).tokens
-    (16, 128)
+    >>> tile_for(1, "cuda").tokens, tile_for(1, "hip").tokens, tile_for(4096, "cuda").tokens
+    (8, 16, 128)
     """
-    return next(tile for most, tile in TILES if tokens <= most)
+    tiles = TILES[backend or ("cuda" if torch.version.hip is None else "hip")]
+    return next(tile for most, tile in tiles if tokens <= most)
 
 
 def steps_of(bits: int, group: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from recast.lowering.base import Lowering, Runner
 from recast.lowering.inductor.compile import compile_program
 from recast.lowering.inductor.kernels import choose, choose_frozen
-from recast.lowering.inline import inline_operators
+from recast.lowering.inline import Choose, inline_operators
 from recast.patterns.program import Program
 
 __all__ = ["Inductor"]
@@ -40,7 +40,7 @@ class Inductor(Lowering):
 
     def prepare(self, program: Program) -> Runner:
         """Compile on first call for each set of shapes that needs its own code; sizes that were dynamic stay so."""
-        inlined, self._kernels = inline_operators(program, self.choose_frozen if self.freezing else self.choose)
+        inlined, self._kernels = inline_operators(program, self._choice())
         compiled = compile_program(inlined, self._kernels, freezing=self.freezing, options=self.options)
 
         def run(leaves: list[Any]) -> list[Any]:
@@ -50,8 +50,11 @@ class Inductor(Lowering):
         return run
 
     def kernels(self, program: Program) -> dict[str, str]:
-        """What `prepare` chose for each site."""
-        return dict(self._kernels)
+        """What `prepare` chose for each site, or would choose."""
+        return dict(self._kernels or inline_operators(program, self._choice())[1])
+
+    def _choice(self) -> Choose:
+        return self.choose_frozen if self.freezing else self.choose
 
     def extra(self) -> dict[str, Any]:
         """Options, as they were."""

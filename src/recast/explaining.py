@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from recast.lowering.artifact import lower
-from recast.lowering.base import lowerings
+from recast.lowering.base import lowering_named, lowerings
 from recast.passes.cache import OperatorCache
 from recast.passes.forms import Form, forms
 from recast.passes.forms.registry import module_forms
@@ -18,7 +18,7 @@ from recast.passes.plan import plan
 from recast.passes.recipe import Recipe, Rule
 from recast.passes.rewrite import rewrite
 from recast.patterns.capture.export import capture
-from recast.patterns.errors import FormError, ModelError, RecastError
+from recast.patterns.errors import FormError, ModelError, RecastError, TargetError
 from recast.patterns.find import coverage
 from recast.patterns.program import Program
 from recast.patterns.sites import LinearSite, Mismatch, Site, source_line
@@ -196,7 +196,14 @@ def _branches(texts: list[str], cache: OperatorCache) -> Program:
 
 
 def _kernels(texts: list[str], rewritten: Program, target: str, cache: OperatorCache) -> list[str]:
-    """What a target runs each form of such a program with, or why not."""
+    """What a target runs each form of such a program with, or why not; of one that is not here, what it would."""
+    kind = lowering_named(target)
+    try:
+        kind.installed()
+    except TargetError as error:
+        known = kind().kernels(rewritten)
+        otherwise = "dense" if known else f"not here: {str(error).partition(';')[0]}"
+        return [known.get(f"form.{i}", otherwise) for i in range(len(texts))]
     try:
         report = lower(rewritten, target).report
     except RecastError as error:
