@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from recast.kernels.quantized_matmul.lanes import from_lanes
-from recast.kernels.quantized_matmul.launch import interpreting, launch
+from recast.kernels.quantized_matmul.launch import launch
+from recast.kernels.tiles import interpreting
 
 __all__ = ["dequantizing_matmul", "written_out"]
 

@@ -6,72 +6,16 @@ Importing this file needs torch alone; calling it needs Triton, and a GPU or ``T
 from __future__ import annotations
 
 import math
-import os
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from recast.kernels.quantized_matmul.lanes import block_of
+from recast.kernels.tiles import Tile, interpreting, on_device, splits_for, tile_for
 
-__all__ = ["KINDS", "Tile", "constants", "interpreting", "launch", "middle_of", "pairs_of", "steps_of", "tile_for"]
+__all__ = ["KINDS", "constants", "launch", "middle_of", "pairs_of", "steps_of"]
 
 KINDS = ("integer", "table", "pairs", "float")
-# Blocks of a kernel that a processor should have, so that the loads of some wait while others multiply.
-_WAVES = 4
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How the work is cut.
-
-    Attributes
-    ----------
-    rows, tokens
-        Outputs and vectors of a block of the kernel.
-    warps, stages
-        Of a block; loads that are under way at a time.
-    """
-
-    rows: int
-    tokens: int
-    warps: int
-    stages: int = 1
-
-
-# By the most tokens that they serve. Two warps keep the few tokens' product on the instructions of one warp, which need no
-# shared memory for the weight. AMD's matrix units take no fewer than 16 vectors, and its blocks share less memory.
-TILES = {
-    "cuda": (
-        (8, Tile(32, 8, 2)),
-        (16, Tile(32, 16, 2)),
-        (32, Tile(64, 32, 4)),
-        (64, Tile(64, 64, 4)),
-        (math.inf, Tile(128, 128, 8, 3)),
-    ),
-    "hip": (
-        (16, Tile(32, 16, 2)),
-        (64, Tile(64, 64, 4)),
-        (math.inf, Tile(128, 128, 8)),
-    ),
-}
-
-
-def interpreting() -> bool:
-    """Whether Triton's kernels run on the CPU, as its interpreter runs them."""
-    return os.environ.get("TRITON_INTERPRET", "") == "1"
-
-
-def tile_for(tokens: int, backend: str | None = None) -> Tile:
-    """Return the tile for a number of tokens, on "cuda" or "hip" (default: what torch was built for).
-
-    Examples
-    --------
-    >>> tile_for(1, "cuda").tokens, tile_for(1, "hip").tokens, tile_for(4096, "cuda").tokens
-    (8, 16, 128)
-    """
-    tiles = TILES[backend or ("cuda" if torch.version.hip is None else "hip")]
-    return next(tile for most, tile in tiles if tokens <= most)
 
 
 def steps_of(bits: int, group: int) -> int:
@@ -194,7 +138,7 @@ def launch(
     tile = tile or tile_for(tokens)
     blocks = -(-features // block_of(bits))
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens)
-    splits = splits or _splits(tiles, blocks, tokens, x.device)
+    splits = splits or splits_for(tiles, blocks, tokens, x.device)
     per_split = -(-blocks // splits)
     splits = -(-blocks // per_split)
     fixed = constants(bits, group, kind, x.dtype, tile, zeros=zero is not None)
@@ -204,7 +148,7 @@ def launch(
     middle = None if zero is None else zero.to(torch.float32) + middle_of(bits, kind, x.dtype)
     partial = x.new_empty((splits, tokens, rows), dtype=torch.float32) if splits > 1 else out
     grid = (triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.tokens), splits)
-    with _on(x):
+    with on_device(x):
         dequantizing_matmul_kernel[grid](
             x, _or(sums, x), values, _or(high_values, values), _or(scale, x), _or(middle, x), _or(table, x),
             _or(left, x), _or(inner, x), _or(bias, x), partial,
@@ -236,16 +180,3 @@ def _sums(x: Tensor, width: int, steps: int) -> Tensor:
     tokens, features = x.shape
     padded = torch.nn.functional.pad(x, (0, steps * width - features))
     return padded.reshape(tokens, steps, width).sum(2, dtype=torch.float32).T.contiguous()
-
-
-def _splits(tiles: int, blocks: int, tokens: int, device: torch.device) -> int:
-    """Cut the inputs where outputs alone would leave processors idle; partial sums cost memory, so for few tokens only."""
-    if tokens > 64:
-        return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(blocks // 4, processors * _WAVES // tiles, 16))
-
-
-def _on(x: Tensor) -> torch.cuda.device:
-    """Triton launches on the current device, which need not be that of the operands."""
-    return torch.cuda.device(x.device.index if x.device.type == "cuda" else -1)

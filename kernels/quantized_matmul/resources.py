@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from recast.kernels.offline import TARGETS, Case
-from recast.kernels.quantized_matmul.launch import TILES, Tile, constants
+from recast.kernels.quantized_matmul.launch import constants
+from recast.kernels.tiles import TILES, Tile
 
 __all__ = ["cases"]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["dequantizing_matmul_kernel", "sum_splits_kernel"]
+__all__ = ["dequantizing_matmul_kernel", "lane_words", "one_of_words", "store_tile", "sum_splits_kernel"]
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _row_order(ROWS: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _words(values, first_row, rows, stride, begin, COUNT: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
+def lane_words(values, first_row, rows, stride, begin, COUNT: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
     """Words of a block, ``COUNT`` for each of four lanes: (ROWS, 4, COUNT) int32."""
     row = first_row + _row_order(ROWS, WARPS)[:, :, :, :, None, None]
     within = tl.arange(0, 4)[:, None] * COUNT + tl.arange(0, COUNT)[None, :]
@@ -39,7 +39,7 @@ def _words(values, first_row, rows, stride, begin, COUNT: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def _word(words, WHICH: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr):
+def one_of_words(words, WHICH: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr):
     """One of the words of each lane: (rows, 4)."""
     if COUNT == 4:
         even, odd = tl.split(words.reshape(ROWS, 4, 2, 2))
@@ -56,10 +56,10 @@ def _pair(words, high_words, PAIR: tl.constexpr, BITS: tl.constexpr, ROWS: tl.co
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     EACH: tl.constexpr = 16 // WIDTH
     FIELD: tl.constexpr = (2**WIDTH - 1) * 0x00010001
-    found = _word(words, PAIR // EACH, 4, ROWS)
+    found = one_of_words(words, PAIR // EACH, 4, ROWS)
     found = (found >> (PAIR % EACH * WIDTH)) & FIELD
     if BITS == 3:
-        above = _word(high_words, PAIR // 16, 2, ROWS)
+        above = one_of_words(high_words, PAIR // 16, 2, ROWS)
         found = found | (((above >> (PAIR % 16)) & 0x00010001) << 2)
     return found
 
@@ -126,6 +126,13 @@ def _weight(words, high_words, table, FIRST: tl.constexpr, COUNT: tl.constexpr, 
 
 
 @triton.jit
+def store_tile(out, total, row, row_mask, token, token_mask, stride):
+    """Write a tile (ROWS, TOKENS) to ``out[token, row]``."""
+    there = out + token[None, :] * stride + row[:, None]
+    tl.store(there, total.to(out.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
+
+
+@triton.jit
 def dequantizing_matmul_kernel(
     x, sums, values, high_values, scale, middle, table, left, inner, bias, out,
     tokens, rows, features, groups, blocks, rank,
@@ -168,10 +175,10 @@ def dequantizing_matmul_kernel(
     first_block = split * per_split
     for at_block in range(0, tl.minimum(per_split, blocks - first_block)):
         block = first_block + at_block
-        words = _words(values, row_tile * ROWS, rows, values_stride, block * 16, 4, ROWS, WARPS)
+        words = lane_words(values, row_tile * ROWS, rows, values_stride, block * 16, 4, ROWS, WARPS)
         high_words = words
         if BITS == 3:
-            high_words = _words(high_values, row_tile * ROWS, rows, high_stride, block * 8, 2, ROWS, WARPS)
+            high_words = lane_words(high_values, row_tile * ROWS, rows, high_stride, block * 8, 2, ROWS, WARPS)
         for step in tl.static_range(DOTS // STEP):
             weight = _weight(words, high_words, table, step * STEP, STEP, BITS, KIND, ROWS, DTYPE)
             column = block * BLOCK + step * STEP * 16 + tl.arange(0, STEP * 16)
@@ -214,8 +221,7 @@ def dequantizing_matmul_kernel(
     if HAS_BIAS:
         if split == 0:
             total += tl.load(bias + row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-    there = out + split.to(tl.int64) * split_stride + token[None, :] * out_stride + row[:, None]
-    tl.store(there, total.to(out.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
+    store_tile(out + split.to(tl.int64) * split_stride, total, row, row_mask, token, token_mask, out_stride)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from recast.kernels.quantized_matmul.launch import interpreting
+from recast.kernels.tiles import interpreting
 from recast.lowering.base import Runner
 from recast.lowering.inductor import Inductor
 from recast.lowering.triton.kernels import choose

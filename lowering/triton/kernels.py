@@ -12,14 +12,19 @@ from recast.kernels.quantized_matmul.dequantizing_op import dequantizing_matmul
 from recast.kernels.quantized_matmul.lanes import to_lanes
 from recast.kernels.quantized_matmul.launch import pairs_of
 from recast.kernels.quantized_matmul.reference import unpack_codes
+from recast.kernels.sparse_matmul.lanes import to_lanes as to_sparse_lanes
+from recast.kernels.sparse_matmul.reference import unpack_bits
+from recast.kernels.sparse_matmul.sparse24_op import sparse24_matmul
 from recast.lowering.packed import Packed, chooser, plain
 from recast.passes.forms.algebra import Product, Sum
 from recast.passes.forms.codebook import Codebook
+from recast.passes.forms.nm_sparse import NMSparse
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.quantized import Quantized
 
 __all__ = ["choose"]
 
+SPARSE24 = "triton 2:4 matmul"
 DEQUANTIZING = "triton dequantizing matmul"
 WITH_LOW_RANK = "triton dequantizing matmul with low-rank term"
 
@@ -32,7 +37,28 @@ def _leaf(operator: Operator) -> Packed | None:
         if reason is not None:
             return plain(operator, f"aten ({reason})")
         return _dequantizing(operator)
+    if isinstance(operator, NMSparse):
+        return _sparse24(operator)
     return None
+
+
+def _sparse24(operator: NMSparse) -> Packed:
+    """Two of every four inputs, in 16-bit floats."""
+    dtype, values = operator.dtype, operator.values
+    if (operator.keep, operator.of) != (2, 4) or operator.features % 4:
+        return plain(
+            operator, f"aten ({operator.keep} of every {operator.of} of {operator.features} inputs: no kernel)"
+        )
+    if dtype not in (torch.bfloat16, torch.float16) or not isinstance(values, Dense):
+        return plain(operator, "aten (2:4 of values that are not 16-bit floats: no kernel yet)")
+    places = unpack_bits(operator.indices, 2, values.shape[1])
+    words, marks = to_sparse_lanes(values.to_dense(), places)
+
+    def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        y: Tensor = sparse24_matmul(x.to(dtype), tensors["values"], tensors["places"], None)
+        return y.to(x.dtype)
+
+    return Packed(operator, SPARSE24, {"values": words, "places": marks}, run)
 
 
 def _refused(operator: Quantized | Codebook) -> str | None:

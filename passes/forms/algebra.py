@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from recast.passes.forms.diagonal import Diagonal
 from recast.passes.forms.operator import Cost, Operator, Refit
 from recast.passes.forms.permutation import Reordering
 from recast.passes.forms.stats import Stats
@@ -49,6 +50,8 @@ class Product(Operator):
             return self.left.apply(self.right.to_dense().to(self.dtype).T).T
         if isinstance(self.right, Reordering):
             return self.right.inverse().apply(self.left.to_dense().to(self.dtype))
+        if isinstance(self.right, Diagonal) and self.right.rows == self.right.columns:
+            return self.right.apply(self.left.to_dense().to(self.dtype))  # its own transpose
         return self.left.to_dense().to(self.dtype) @ self.right.to_dense().to(self.dtype)
 
     def cost(self, tokens: int) -> Cost:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from recast.kernels.quantized_matmul.dequantizing_op import dequantizing_matmul, written_out
 from recast.kernels.quantized_matmul.lanes import block_of, from_lanes, to_lanes
-from recast.kernels.quantized_matmul.launch import Tile, launch, pairs_of, steps_of
+from recast.kernels.quantized_matmul.launch import launch, pairs_of, steps_of
+from recast.kernels.tiles import Tile
 from tests.helpers import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

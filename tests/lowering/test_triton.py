@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import recast
-from recast.lowering.triton.kernels import DEQUANTIZING, WITH_LOW_RANK
+from recast.lowering.triton.kernels import DEQUANTIZING, SPARSE24, WITH_LOW_RANK
 from recast.patterns.errors import TargetError
 from tests.helpers import assert_close
 
@@ -49,6 +49,30 @@ def test_numbers(form: str) -> None:
     assert [row.kernel for row in artifact.report.rows] == [FORMS[form]]
     for tokens in (1, 7):
         x = torch.randn(tokens, 60, device=DEVICE)
+        assert_close(artifact(x), rewritten(x), terms=60)
+
+
+@pytest.mark.parametrize(
+    ("form", "kernel"),
+    [
+        ("sparse24(method='magnitude')", SPARSE24),
+        ("int4(group=16)", DEQUANTIZING),
+        ("nf4(group=16)", DEQUANTIZING),
+        ("sparse_nm(1, 4)", "aten (1 of every 4 of 60 inputs: no kernel)"),
+        (
+            "sparse24(method='magnitude') | int4(group=16)",
+            "aten (2:4 of values that are not 16-bit floats: no kernel yet)",
+        ),
+    ],
+)
+def test_numbers_in_16_bits(form: str, kernel: str) -> None:
+    model = nn.Linear(60, 33).eval().to(DEVICE, torch.bfloat16)
+    program = recast.capture(model, (torch.randn(4, 60, device=DEVICE, dtype=torch.bfloat16),))
+    rewritten = recast.rewrite(program, recast.plan(program, {"default": form, "allow_larger": True}))
+    artifact = recast.lower(rewritten, "triton")
+    assert [row.kernel for row in artifact.report.rows] == [kernel]
+    for tokens in (1, 7):
+        x = torch.randn(tokens, 60, device=DEVICE, dtype=torch.bfloat16)
         assert_close(artifact(x), rewritten(x), terms=60)
 
 
