@@ -88,6 +88,7 @@ class Pass(abc.ABC):
     soundness: ClassVar[Soundness]
     requires: ClassVar[tuple[str, ...]] = ()
     ensures: ClassVar[tuple[str, ...]] = ()
+    undoes: ClassVar[tuple[str, ...]] = ()
     known: ClassVar[dict[str, type[Pass]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -132,7 +132,9 @@ def simplify(
     context = Context(Plan(program.fingerprint(), {}), calibration, OperatorCache(None), progress=False)
     current, done = program, list[Step]()
     # A pass may make room for one before it: round after round, until nothing changes or passes undo each other, which shows in
-    # what a round tells. A single pass has nothing left to do by itself.
+    # what a round tells. A single pass has nothing left to do by itself, and passes that are said to undo each other run once.
+    names = {step.name for step in pipeline.passes}
+    once = len(pipeline.passes) == 1 or any(names.intersection(step.undoes) for step in pipeline.passes)
     seen: list[list[tuple[str, list[str]]]] = []
     while True:
         following, taken = current, list[Step]()
@@ -145,7 +147,7 @@ def simplify(
             break
         seen.append(story)
         done += taken
-        if following is current or len(pipeline.passes) == 1:
+        if following is current or once:
             current = following
             break
         current = following

@@ -11,6 +11,8 @@ from recast.patterns.program import Program, get_by_path
 
 __all__ = ["Constants"]
 
+_PICKS = {torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default}
+
 
 class Constants:
     """The constant values of a program.
@@ -38,18 +40,24 @@ class Constants:
         self.sources: dict[fx.Node, tuple[str, ...]] = {}
         self._values: dict[fx.Node, Any] = {}
         self._layouts: dict[fx.Node, Any] = {}
+        self._literals: set[fx.Node] = set()  # made of nothing but numbers that stand in the graph
         for node in program.graph.nodes:
             if node.op == "get_attr":
                 if node.target not in written and isinstance(get_by_path(program.module, node.target), Tensor):
                     self.sources[node] = (node.target,)
             elif self._made_of_constants(node):
-                names = [name for n in node.all_input_nodes for name in self.sources[n]]
-                self.sources[node] = tuple(dict.fromkeys(names))
+                # Numbers of rows are not what is multiplied.
+                of = node.all_input_nodes[:1] if node.target in _PICKS else node.all_input_nodes
+                self.sources[node] = tuple(dict.fromkeys(name for n in of for name in self.sources[n]))
+            elif node.op == "call_function" and all(n in self._literals for n in node.all_input_nodes) and _pure(node):
+                self._literals.add(node)
 
     def _made_of_constants(self, node: fx.Node) -> bool:
         if node.op != "call_function":
             return False
         operands = node.all_input_nodes
+        if node.target in _PICKS and operands and operands[0] in self.sources:
+            operands = [n for n in operands if n not in self._literals]
         return bool(operands) and all(n in self.sources for n in operands) and _pure(node)
 
     def __contains__(self, node: object) -> bool:

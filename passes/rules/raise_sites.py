@@ -50,7 +50,9 @@ class RaiseSites(Pass):
             for use in site.uses:
                 products.setdefault(use.product, []).append((site.name, use))
         raised = 0
-        for uses in products.values():
+        # Backwards: a product may read another, whose node is gone once it is raised.
+        place = {node: i for i, node in enumerate(result.graph.nodes)}
+        for uses in sorted(products.values(), key=lambda uses: -place[uses[0][1].node]):
             if any(name in planned for name, _ in uses):
                 raised += _raise(result.graph, uses, planned)
         remove_dead(result.graph)

@@ -26,6 +26,7 @@ class SplitPacked(ExactPass):
     """``split(x [W1; W2]^T + [b1; b2])  ->  x W1^T + b1, x W2^T + b2``."""
 
     name: ClassVar[str] = "split_packed"
+    undoes: ClassVar[tuple[str, ...]] = ("merge_linears",)
 
     def apply(self, edit: Edit) -> None:
         """Split every packed linear that is taken apart along its features."""

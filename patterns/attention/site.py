@@ -44,6 +44,15 @@ def build(match: Match, around: Surroundings) -> AttentionSite | str:
     found = [made_by(n, around) for n in (query, key, value)]
     notes = [f"{role}: {reason}" for role, (_, reason, _) in zip("qkv", found, strict=True) if reason]
     pieces = [piece for piece, _, _ in found]
+    whole: list[Piece | None] = list(pieces)
+    for i, (_, _, origin) in enumerate(found[:2]):
+        # Latent attention joins heads from what turns with the position and what does not.
+        joined = [] if origin is None else _joined_from(origin, around)
+        if len({piece.site.name for piece in joined}) == 1:
+            pieces[i] = whole[i] = Piece(joined[0].site)
+        elif joined:
+            whole[i] = None
+            notes.append(f"{'qk'[i]}: heads are joined from {' and '.join(repr(piece.name) for piece in joined)}")
     taker = taken_by(product, around)
     if taker is None:
         notes.append("o: no linear takes the result")
@@ -54,8 +63,8 @@ def build(match: Match, around: Surroundings) -> AttentionSite | str:
         value_dim = size_hint(value.meta["val"].shape[-2])  # the values stand on the left, transposed
     if product.target not in SDPA and (summed := _depth_of_keys(match)) is not None:
         head_dim = summed
-    heads = _heads(query, head_dim, pieces[0])
-    kv_heads = _kv_heads(pieces[1], head_dim, heads)
+    heads = _heads(query, head_dim, whole[0])
+    kv_heads = _kv_heads(whole[1], head_dim, heads)
     paths = {id(n): n for _, _, origin in found if origin is not None for n in [origin.use.node, *origin.path]}
     inner = _structures(list(paths.values()), around)
     name = common_module([p for p in (*pieces, taker) if p is not None], product)
@@ -106,6 +115,30 @@ def made_by(node: fx.Node, around: Surroundings) -> tuple[Piece | None, str, Ori
         return None, "no linear makes it", None
     piece = piece_read(made[0])
     return piece, "", made[0]
+
+
+def _joined_from(origin: Origin, around: Surroundings) -> list[Piece]:
+    """Different linears, or parts of one, whose results are joined to heads on the way from a product; empty if there is one."""
+    for node in reversed(origin.path):
+        made = [made_by(part, around)[0] for part in _side_by_side(node, around)]
+        pieces = list(dict.fromkeys(piece for piece in made if piece is not None))
+        if len(pieces) > 1:
+            return pieces
+    return []
+
+
+def _side_by_side(node: fx.Node, around: Surroundings) -> list[fx.Node]:
+    """Values that stand beside each other in the last dimension of one: of `cat`, or written into an empty one in turn."""
+    found: list[fx.Node] = []
+    last = node.meta["val"].dim() - 1 if isinstance(node.meta.get("val"), Tensor) else -1
+    if node.target is aten.cat.default:
+        return node.all_input_nodes if around.scope.named(node).get("dim", 0) in (-1, last) else []
+    while node.target is aten.slice_scatter.default and around.scope.named(node).get("dim", 0) in (-1, last):
+        base, written = node.all_input_nodes[:2]
+        found.append(written.all_input_nodes[1] if written.target is aten.copy.default else written)
+        node = base
+    empty = str(getattr(node.target, "_opname", "")).startswith("new_")
+    return found if empty or not found else [*found, node]
 
 
 def taken_by(product: fx.Node, around: Surroundings) -> Piece | None:

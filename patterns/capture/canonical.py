@@ -21,7 +21,7 @@ _DROPOUT = {aten.dropout.default: 2, aten.native_dropout.default: 2, aten.featur
 
 
 def canonicalise(program: Program) -> None:
-    """Inline gradient-mode regions; drop assertions, aliases, no-op casts and eval-mode dropout; settle numbers; remove dead code."""
+    """Inline regions; drop assertions, aliases, no-op casts, eval-mode dropout and dead code; settle numbers, strides of attention."""
     inline_regions(program)
     graph = program.graph
     settle_numbers(graph)
@@ -33,9 +33,64 @@ def canonicalise(program: Program) -> None:
         elif (source := _identity(node)) is not None:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+    _reshape_attention(graph)
+    _multiply_unrepeated(graph)
     graph.eliminate_dead_code(is_impure_node=_impure)
     graph.lint()
     program.module.recompile()
+
+
+def _reshape_attention(graph: fx.Graph) -> None:
+    """Let what follows a fused attention be reshaped, not viewed: its strides depend on the kernel, which gradients may change."""
+    left = list(graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default))
+    while left:
+        for user in left.pop().users:
+            if user.target in _VIEWS:
+                user.target = aten.reshape.default
+            if user.target in _MOVES or user.target is aten.reshape.default:
+                left.append(user)
+
+
+def _multiply_unrepeated(graph: fx.Graph) -> None:
+    """``bmm(x, weight repeated for each of a batch)  ->  matmul(x, weight)``, on either side, with or without an addend."""
+    for target in (aten.bmm.default, aten.baddbmm.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            *addend, left, right = node.args
+            if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+                continue
+            with graph.inserting_before(node):
+                own = [_unrepeated(operand) for operand in (left, right)]
+                if (own[0] is None) == (own[1] is None):
+                    continue
+                product = graph.call_function(aten.matmul.default, (own[0] or left, own[1] or right))
+                product.meta = dict(node.meta)
+                result = graph.call_function(aten.add.Tensor, (product, *addend)) if addend else product
+                result.meta = dict(node.meta)
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+
+
+def _unrepeated(node: fx.Node) -> fx.Node | None:
+    """The weight (two dimensions) that a value repeats along a first one, None if it does not."""
+    if node.target not in (aten.expand.default, aten.repeat.default) or node.meta["val"].dim() != 3:
+        return None
+    source, sizes = node.args[0], node.args[1]
+    matrix = source.args[0] if source.target is aten.unsqueeze.default and source.args[1] == 0 else source
+    if matrix.op != "get_attr" or matrix.meta["val"].dim() != 2:
+        return None
+    once = [(-1, size) if node.target is aten.expand.default else (1,) for size in matrix.meta["val"].shape]
+    return matrix if all(size in those for size, those in zip(sizes[1:], once, strict=True)) else None
+
+
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+_MOVES = {
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.select.int,
+    aten.slice.Tensor,
+}
 
 
 def settle_numbers(graph: fx.Graph) -> None:

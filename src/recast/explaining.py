@@ -114,7 +114,7 @@ def _structure(found: Sequence[Site]) -> dict[str, Any]:
     details = ", ".join(
         f"{k} {v}" for k, v in first.items() if k not in ("kind", "name", "weights", "pattern", "where")
     )
-    return {**first, "what": "site", "text": f"{text}: {details}"}
+    return {**first, "what": "site", "text": f"{text}: {details}" if details else text}
 
 
 def _part(site: LinearSite, name: str) -> dict[str, Any]:

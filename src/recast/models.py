@@ -300,7 +300,7 @@ def _from_function(module: str, function: str) -> Model:
                 f"model: there is no module '{error.name}' (for '{text}'), here or installed; {_choices()}"
             ) from error
         raise ModelError(f"model: '{module}' needs the module '{error.name}', which is not installed") from error
-    except Exception as error:  # any error of the user's module
+    except (Exception, SystemExit) as error:  # any error of the user's module
         raise ModelError(f"model: importing '{module}' failed: {_described(error)}") from error
     make = getattr(loaded, function, None)
     if not callable(make):
@@ -309,7 +309,7 @@ def _from_function(module: str, function: str) -> Model:
         raise ModelError(f"model: '{function}' {found} in '{module}'; functions there: {', '.join(known) or 'none'}")
     try:
         made = make()
-    except Exception as error:  # any error of the user's function
+    except (Exception, SystemExit) as error:  # any error of the user's function
         raise ModelError(f"model: {text}() failed: {_described(error)}") from error
     right = isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module)
     if not right or not isinstance(made[1], tuple | list) or (len(made) == 3 and not isinstance(made[2], Mapping)):
