@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TILES", "Tile", "interpreting", "on_device", "splits_for", "tile_for"]
+__all__ = ["TILES", "Cut", "Tile", "cut", "interpreting", "on_device", "tile_for"]
 
 # Blocks of a kernel that a processor should have, so that the loads of some wait while others multiply.
 _WAVES = 4
@@ -69,20 +69,44 @@ def tile_for(tokens: int, backend: str | None = None) -> Tile:
     return next(tile for most, tile in tiles if tokens <= most)
 
 
-def splits_for(tiles: int, blocks: int, tokens: int, device: torch.device) -> int:
-    """Cut the inputs where outputs alone would leave processors idle; partial sums cost memory, so for few tokens only.
+@dataclass(frozen=True)
+class Cut:
+    """Blocks of a kernel that multiplies.
 
-    Parameters
+    Attributes
     ----------
-    tiles
-        Blocks of the kernel without splits.
-    blocks
-        Pieces that the inputs come in.
+    tile
+        Outputs and vectors of each.
+    splits, per_split
+        Into how many sums the inputs are cut, and pieces of the inputs in each.
+    grid
+        Blocks over outputs, vectors and splits.
     """
-    if tokens > 64:
-        return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(blocks // 4, processors * _WAVES // tiles, 16))
+
+    tile: Tile
+    splits: int
+    per_split: int
+    grid: tuple[int, int, int]
+
+    def partial(self, out: Tensor) -> Tensor:
+        """Where sums go: the result (tokens, rows) itself, or float32 (splits, tokens, rows)."""
+        return out if self.splits == 1 else out.new_empty((self.splits, *out.shape), dtype=torch.float32)
+
+
+def cut(x: Tensor, rows: int, pieces: int, tile: Tile | None = None, splits: int | None = None) -> Cut:
+    """Cut the product of vectors (tokens, n) with a weight of so many rows, whose inputs come in so many pieces.
+
+    Inputs are split where outputs alone would leave processors idle; partial sums cost memory, so for few tokens only.
+    """
+    tokens = x.shape[0]
+    tile = tile or tile_for(tokens)
+    over = -(-rows // tile.rows), -(-tokens // tile.tokens)
+    if splits is None:
+        cuda = x.device.type == "cuda"
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 4
+        splits = 1 if tokens > 64 else max(1, min(pieces // 4, processors * _WAVES // (over[0] * over[1]), 16))
+    per_split = -(-pieces // splits)
+    return Cut(tile, -(-pieces // per_split), per_split, (*over, -(-pieces // per_split)))
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from recast.kernels.quantized_matmul.lanes import block_of
-from recast.kernels.tiles import Tile, interpreting, on_device, splits_for, tile_for
+from recast.kernels.tiles import Tile, cut, interpreting, on_device
 
-__all__ = ["KINDS", "constants", "launch", "middle_of", "pairs_of", "steps_of"]
+__all__ = ["KINDS", "add_up", "constants", "launch", "middle_of", "pairs_of", "steps_of"]
 
 KINDS = ("integer", "table", "pairs", "float")
 
@@ -125,9 +125,7 @@ def launch(
     -------
     (tokens, m) in x's dtype.
     """
-    import triton
-
-    from recast.kernels.quantized_matmul.triton import dequantizing_matmul_kernel, sum_splits_kernel
+    from recast.kernels.quantized_matmul.triton import dequantizing_matmul_kernel
 
     tokens, features = x.shape
     rows = values.shape[0]
@@ -135,33 +133,35 @@ def launch(
     if not out.numel():
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    tile = tile or tile_for(tokens)
     blocks = -(-features // block_of(bits))
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens)
-    splits = splits or splits_for(tiles, blocks, tokens, x.device)
-    per_split = -(-blocks // splits)
-    splits = -(-blocks // per_split)
-    fixed = constants(bits, group, kind, x.dtype, tile, zeros=zero is not None)
+    cuts = cut(x, rows, blocks, tile, splits)
+    fixed = constants(bits, group, kind, x.dtype, cuts.tile, zeros=zero is not None)
     needs_sums = zero is not None or fixed["MIDDLE"] != 0
     width = steps_of(bits, group) * 16
     sums = _sums(x, width, -(-blocks * block_of(bits) // width)) if needs_sums else None
     middle = None if zero is None else zero.to(torch.float32) + middle_of(bits, kind, x.dtype)
-    partial = x.new_empty((splits, tokens, rows), dtype=torch.float32) if splits > 1 else out
-    grid = (triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.tokens), splits)
+    partial = cuts.partial(out)
     with on_device(x):
-        dequantizing_matmul_kernel[grid](
+        dequantizing_matmul_kernel[cuts.grid](
             x, _or(sums, x), values, _or(high_values, values), _or(scale, x), _or(middle, x), _or(table, x),
             _or(left, x), _or(inner, x), _or(bias, x), partial,
             tokens, rows, features, 1 if scale is None else scale.shape[0], blocks, 0 if left is None else left.shape[1],
             x.stride(0), tokens, values.stride(0), 0 if high_values is None else high_values.stride(0),
             rows, 0 if left is None else left.stride(0), 0 if inner is None else inner.stride(0),
-            rows, tokens * rows, per_split,
+            rows, tokens * rows, cuts.per_split,
             HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, RANK=_rank(left),
-            num_warps=tile.warps, num_stages=tile.stages, **fixed,
+            num_warps=cuts.tile.warps, num_stages=cuts.tile.stages, **fixed,
         )  # fmt: skip
-        if splits > 1:
-            count = tokens * rows
-            sum_splits_kernel[(triton.cdiv(count, 1024),)](partial, out, count, splits, BLOCK=1024)
+        return add_up(partial, out)
+
+
+def add_up(partial: Tensor, out: Tensor) -> Tensor:
+    """Add up partial sums (splits, tokens, rows) into the result, unless they are the result."""
+    if partial is not out:
+        from recast.kernels.quantized_matmul.triton import sum_splits_kernel
+
+        count = out.numel()
+        sum_splits_kernel[(-(-count // 1024),)](partial, out, count, partial.shape[0], BLOCK=1024)
     return out
 
 

@@ -5,11 +5,10 @@ Importing this file needs torch alone; calling it needs Triton, and a GPU or ``T
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from recast.kernels.sparse_matmul.lanes import BLOCK
-from recast.kernels.tiles import Tile, interpreting, on_device, splits_for, tile_for
+from recast.kernels.tiles import Tile, cut, interpreting, on_device
 
 __all__ = ["launch"]
 
@@ -40,9 +39,7 @@ def launch(
     -------
     (tokens, m) in x's dtype.
     """
-    import triton
-
-    from recast.kernels.quantized_matmul.triton import sum_splits_kernel
+    from recast.kernels.quantized_matmul.launch import add_up
     from recast.kernels.sparse_matmul.triton import sparse24_matmul_kernel
 
     tokens, features = x.shape
@@ -51,22 +48,15 @@ def launch(
     if not out.numel():
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    tile = tile or tile_for(tokens)
     blocks = -(-features // BLOCK)
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens)
-    splits = splits or splits_for(tiles, blocks, tokens, x.device)
-    per_split = -(-blocks // splits)
-    splits = -(-blocks // per_split)
-    partial = x.new_empty((splits, tokens, rows), dtype=torch.float32) if splits > 1 else out
+    cuts = cut(x, rows, blocks, tile, splits)
+    partial = cuts.partial(out)
     with on_device(x):
-        sparse24_matmul_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.tokens), splits)](
+        sparse24_matmul_kernel[cuts.grid](
             x, values, places, x if bias is None else bias, partial,
             tokens, rows, features, blocks,
-            x.stride(0), values.stride(0), places.stride(0), rows, tokens * rows, per_split,
-            HAS_BIAS=bias is not None, WIDE=interpreting(), ROWS=tile.rows, TOKENS=tile.tokens, WARPS=tile.warps,
-            num_warps=tile.warps, num_stages=tile.stages,
+            x.stride(0), values.stride(0), places.stride(0), rows, tokens * rows, cuts.per_split,
+            HAS_BIAS=bias is not None, WIDE=interpreting(), ROWS=cuts.tile.rows, TOKENS=cuts.tile.tokens,
+            WARPS=cuts.tile.warps, num_warps=cuts.tile.warps, num_stages=cuts.tile.stages,
         )  # fmt: skip
-        if splits > 1:
-            count = tokens * rows
-            sum_splits_kernel[(triton.cdiv(count, 1024),)](partial, out, count, splits, BLOCK=1024)
-    return out
+        return add_up(partial, out)

@@ -55,7 +55,8 @@ def _multiply_unrepeated(graph: fx.Graph) -> None:
     """``bmm(x, weight repeated for each of a batch)  ->  matmul(x, weight)``, on either side, with or without an addend."""
     for target in (aten.bmm.default, aten.baddbmm.default):
         for node in graph.find_nodes(op="call_function", target=target):
-            *addend, left, right = node.args
+            operands: tuple[Any, ...] = node.args
+            *addend, left, right = operands
             if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
                 continue
             with graph.inserting_before(node):
@@ -74,8 +75,9 @@ def _unrepeated(node: fx.Node) -> fx.Node | None:
     """The weight (two dimensions) that a value repeats along a first one, None if it does not."""
     if node.target not in (aten.expand.default, aten.repeat.default) or node.meta["val"].dim() != 3:
         return None
-    source, sizes = node.args[0], node.args[1]
-    matrix = source.args[0] if source.target is aten.unsqueeze.default and source.args[1] == 0 else source
+    source: Any = node.args[0]
+    sizes: Any = node.args[1]
+    matrix: fx.Node = source.args[0] if source.target is aten.unsqueeze.default and source.args[1] == 0 else source
     if matrix.op != "get_attr" or matrix.meta["val"].dim() != 2:
         return None
     once = [(-1, size) if node.target is aten.expand.default else (1,) for size in matrix.meta["val"].shape]

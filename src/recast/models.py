@@ -324,7 +324,7 @@ def _from_function(module: str, function: str) -> Model:
     return Model(function if module == function else text, "function", "pytorch", stored, model, args, kwargs)
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     """Class, message and the last line of the user's own file."""
     frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
     own = [f for f in frames if "site-packages" not in f.filename and "importlib" not in f.filename]
