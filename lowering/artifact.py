@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from recast.lowering.agreement import agree
 from recast.lowering.base import Lowering, Runner, lowering_named
+from recast.lowering.pays import refuse_slower
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import calibrate
 from recast.passes.plan import Plan, plan
@@ -329,6 +330,8 @@ def optimize(
     progress: bool | None = None,
     verification: bool = True,
     sequential: bool = False,
+    tokens: Sequence[int] | None = None,
+    allow_slower: bool = False,
 ) -> Artifact:
     """Capture, calibrate, plan, rewrite and lower in one call.
 
@@ -346,6 +349,11 @@ def optimize(
         Check the program after every pass, and what the target computes against the eager program.
     sequential
         Fit each matrix on what reaches it behind those that were rewritten before it, as ``calibrate(recipe=...)`` does.
+    tokens
+        Numbers of vectors that a matrix will meet at a time. Every form is timed with them on the target beside the dense matrix
+        (once on a machine), and one that is slower at all of them is refused: its site stays dense, the figures are in the report.
+    allow_slower
+        Time nothing and refuse nothing.
 
     Examples
     --------
@@ -367,6 +375,10 @@ def optimize(
         raise CalibrationError("optimize: sequential=True fits while it calibrates; give batches of real inputs")
     decided = plan(program, asked, statistics, cache=cache, progress=progress)
     rewritten = rewrite(program, decided, cache=cache, progress=progress, verification=verification)
+    if tokens is not None and not allow_slower:
+        paying = refuse_slower(rewritten, decided, target, tokens, progress=progress)
+        if paying is not decided:
+            rewritten = rewrite(program, paying, cache=cache, progress=progress, verification=verification)
     artifact = lower(rewritten, target)
     if verification:
         artifact.report = agree(artifact, statistics)

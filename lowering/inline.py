@@ -18,7 +18,7 @@ from recast.passes.module import OperatorModule
 from recast.patterns.errors import FormError
 from recast.patterns.program import Program, set_by_path
 
-__all__ = ["Choose", "Emit", "inline_operators"]
+__all__ = ["Choose", "Emit", "inline_operators", "structure_of"]
 
 # Runs an operator on x; its tensors are those of the operator handed over (fake while tracing).
 Emit = Callable[[Operator, Tensor], Tensor]
@@ -62,7 +62,12 @@ def inline_operators(program: Program, choose: Choose) -> tuple[Program, dict[st
         held = _held(operator, path, module.order)
         operands = [argument.meta["val"] for argument in node.args if isinstance(argument, fx.Node)]
         # Layers repeat: what was emitted for one is copied for its likes.
-        alike = (kernel, _structure(module.operator), *map(_layout, [*operands, *held.values()]), module.order is None)
+        alike = (
+            kernel,
+            structure_of(module.operator),
+            *map(_layout, [*operands, *held.values()]),
+            module.order is None,
+        )
         if alike not in emitted:
             emitted[alike] = _emit(module, operator, emit, operands, list(held.values()), mode)
         _insert(result, node, emitted[alike], list(held))
@@ -84,9 +89,9 @@ def _held(operator: Operator, path: str, order: Tensor | None) -> dict[str, Tens
     return found if order is None else {**found, f"{path}.order": order}
 
 
-def _structure(operator: Operator) -> Hashable:
+def structure_of(operator: Operator) -> Hashable:
     """Everything an operator is, besides its tensors."""
-    children = tuple((name, _structure(child)) for name, child in operator.children().items())
+    children = tuple((name, structure_of(child)) for name, child in operator.children().items())
     return type(operator), repr(sorted(operator.fields().items())), children
 
 

@@ -27,7 +27,7 @@ from recast.patterns.errors import PlanError
 from recast.patterns.linear.find import find_linear
 from recast.patterns.program import Program, set_by_path
 
-__all__ = ["ApplyForms"]
+__all__ = ["ApplyForms", "put_module"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ApplyForms(Pass):
             path = _free_path(name, taken)
             set_by_path(result.module, path, module)
             for node in nodes:
-                _replace(result, node, path)
+                put_module(result, node, path)
         remove_dead(result.graph)  # weights that nothing reads any more
         propagate(result)
         result.graph.lint()
@@ -89,7 +89,8 @@ def _free_path(name: str, taken: set[str]) -> str:
     return f"recast_operators.{path}"
 
 
-def _replace(program: Program, node: fx.Node, path: str) -> None:
+def put_module(program: Program, node: fx.Node, path: str) -> None:
+    """Put a call of the module at a path in place of a linear."""
     bias = node.args[2] if len(node.args) > 2 else None
     with program.graph.inserting_before(node):
         call = program.graph.call_module(path, (node.args[0],) if bias is None else (node.args[0], bias))

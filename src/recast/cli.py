@@ -223,6 +223,16 @@ def optimize(
         bool,
         typer.Option("--sequential", help="Fit each matrix on what reaches it behind those rewritten before it."),
     ] = False,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--tokens",
+            help="Numbers of vectors, as 1,128: time every form with them, leave dense what is slower at all of them.",
+        ),
+    ] = None,
+    allow_slower: Annotated[
+        bool, typer.Option("--allow-slower", help="Refuse nothing for being slower than dense.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -246,6 +256,8 @@ def optimize(
         force=force,
         jobs=jobs,
         sequential=sequential,
+        tokens=tokens,
+        allow_slower=allow_slower,
     )
     report = optimize_model(request, _say)
     if as_json:

@@ -11,6 +11,7 @@ from recast.data import is_statistics, read_batches
 from recast.lowering.agreement import agree
 from recast.lowering.artifact import check_writable, lower
 from recast.lowering.base import lowering_named
+from recast.lowering.pays import refuse_slower
 from recast.models import Model, load_model
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration, calibrate
@@ -45,6 +46,17 @@ class Request:
     force: bool = False
     jobs: int | None = None
     sequential: bool = False
+    tokens: str | None = None
+    allow_slower: bool = False
+
+    def counts(self) -> list[int] | None:
+        """Numbers of tokens to time forms with, None for no timing."""
+        if self.tokens is None:
+            return None
+        parts = self.tokens.split(",")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            raise RecipeError(f"optimize: --tokens '{self.tokens}' names no numbers of vectors; 1,128 would do")
+        return None if self.allow_slower else [int(part) for part in parts]
 
     def asked(self) -> Recipe:
         """The recipe with what the options add."""
@@ -76,7 +88,7 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
     lowering_named(request.target)
     if request.plan is not None and (request.recipe is not None or request.budget is not None):
         raise RecipeError("optimize: --plan says what to do already; leave --recipe and --budget out, or --plan")
-    recipe = request.asked()
+    recipe, counts = request.asked(), request.counts()
     if request.sequential and (request.calibrate is None or request.plan is not None):
         raise CalibrationError(
             "optimize: --sequential fits while it calibrates: it needs --calibrate with real inputs, and takes no --plan"
@@ -102,6 +114,11 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
         ready.save(request.save_plan)
     say("rewriting and verifying")
     rewritten = rewrite(program, ready, calibration=statistics, cache=cache, jobs=request.jobs)
+    if counts is not None:
+        say(f"timing forms on {request.target}, beside dense")
+        paying = refuse_slower(rewritten, ready, request.target, counts)
+        if paying is not ready:
+            rewritten = rewrite(program, paying, calibration=statistics, cache=cache, jobs=request.jobs)
     say(f"lowering to {request.target}")
     artifact = lower(rewritten, request.target)
     say(f"running it on {request.target}, beside the eager program")

@@ -68,6 +68,7 @@ def test_model(cli: Cli, here: Path, model: str, said: str) -> None:
         (["--min-coverage", "7"], "--min-coverage"),
         (["--plan", "missing.yaml"], "cannot be read"),
         (["--sequential"], "it needs --calibrate with real inputs"),
+        (["--tokens", "1,none"], "--tokens '1,none' names no numbers of vectors"),
         (["--nothing"], "No such option"),
         (["-c", "missing.txt"], "there is no file"),
     ],

@@ -4,12 +4,14 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
 import recast
+from recast.lowering import pays
 from tests.cli.conftest import Done
 
 Cli = Callable[..., Done]
@@ -100,6 +102,19 @@ def test_optimize_then_compare_a_function(cli: Cli, here: Path) -> None:
     shown = cli("compare", "small", "small", "--on", "x.safetensors", "--rounds", 1, "--report", "page.html")
     assert "1.00000" in shown.out
     assert (here / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_optimize_leaves_dense_what_is_slower(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(operator: Any, target: str, tokens: list[int]) -> pays.Times:
+        return pays.Times(dict.fromkeys(tokens, 1e-3), dict.fromkeys(tokens, 2e-3))
+
+    monkeypatch.setattr(pays, "time_operator", slow)
+    done = cli("optimize", "little:make", "-r", "int8", "-t", "eager", "--tokens", "1,128", "-o", "small", "--json")
+    assert done.status == 0, done.err
+    assert not done.json["sites"]
+    assert all("2 against 1 ms at 128 tokens" in skip["reason"] for skip in done.json["skipped"])
+    every = cli("optimize", "little:make", "-t", "eager", "--tokens", "1", "--allow-slower", "-o", "all", "--json")
+    assert len(every.json["sites"]) == 2
 
 
 def test_optimize_in_order(cli: Cli, here: Path) -> None:

@@ -1,0 +1,194 @@
+"""Whether a rewritten matrix is faster than the dense one, on this machine and target: measured once, kept, refused where it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import recast.kernels
+from recast.lowering.base import Runner, lowering_named
+from recast.lowering.inline import structure_of
+from recast.passes.cache import cache_directory
+from recast.passes.decided import Plan, Skip
+from recast.passes.forms.operator import Operator
+from recast.passes.module import OperatorModule
+from recast.passes.progress import track
+from recast.passes.rules.apply_forms import put_module
+from recast.patterns.capture.export import capture
+from recast.patterns.errors import PlanError
+from recast.patterns.program import Program, set_by_path
+
+__all__ = ["SLACK", "Times", "refuse_slower", "time_operator"]
+
+# A form counts as slower from here on: less is within what two runs of the same code differ by.
+SLACK = 1.05
+_ROUNDS, _SAMPLE = 11, 2e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of one product, by the number of tokens.
+
+    Attributes
+    ----------
+    dense, form
+        Medians over rounds in which both took turns.
+    """
+
+    dense: Mapping[int, float]
+    form: Mapping[int, float]
+
+    @property
+    def slower(self) -> bool:
+        """Whether the form is slower than dense for every number of tokens."""
+        return all(self.form[tokens] > SLACK * self.dense[tokens] for tokens in self.form)
+
+    def __str__(self) -> str:
+        told = (f"{self.form[t] * 1e3:.3g} against {self.dense[t] * 1e3:.3g} ms at {t} tokens" for t in self.form)
+        return ", ".join(told)
+
+
+def time_operator(operator: Operator, target: str, tokens: Sequence[int], *, remember: bool = True) -> Times:
+    """Time an operator on a target beside a dense matrix of its shape and dtype.
+
+    Parameters
+    ----------
+    operator
+        What was fitted; times depend on its structure and shapes, not on its values.
+    target
+        As for `recast.lower`.
+    tokens
+        Numbers of vectors (tokens, n).
+    remember
+        Look for the times on disk and keep them there, by device, versions and the source of the kernels
+        (``RECAST_CACHE=off`` does neither).
+
+    Examples
+    --------
+    >>> from recast.passes.forms import Form
+    >>> operator = Form.parse("low_rank(rank=8)").fit(torch.randn(64, 64))
+    >>> sorted(time_operator(operator, "eager", [1, 16], remember=False).form)
+    [1, 16]
+    """
+    if not tokens or any(count < 1 for count in tokens):
+        raise PlanError(f"tokens: {list(tokens)} names no numbers of vectors; 1 and 128, say, would do")
+    file = _file(operator, target, tokens) if remember else None
+    if file is not None and file.is_file():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return Times(*({int(count): seconds for count, seconds in kept[name].items()} for name in ("dense", "form")))
+    m, n = operator.shape
+    device = next(iter(operator.tensors().values())).device
+    linear = nn.Linear(n, m, bias=False, dtype=operator.dtype, device=device).eval()
+    dense = capture(linear, (torch.randn(4, n, dtype=operator.dtype, device=device),))
+    runs = [lowering_named(target)().prepare(program) for program in (dense, _instead(dense, operator))]
+    found = Times({}, {})
+    for count in tokens:
+        x = torch.randn(count, n, dtype=operator.dtype, device=device)
+        for seconds, median in zip((found.dense, found.form), _medians(runs, x), strict=True):
+            seconds[count] = median  # type: ignore[index]  # filled here, read elsewhere
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".new")
+        unfinished.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
+        unfinished.replace(file)
+    return found
+
+
+def refuse_slower(
+    rewritten: Program, plan: Plan, target: str, tokens: Sequence[int], *, progress: bool | None = None
+) -> Plan:
+    """Take what is slower than dense at every number of tokens out of a plan; it is listed as skipped, with the figures.
+
+    Parameters
+    ----------
+    rewritten
+        The program with the plan carried out, whose operators are timed: one of each structure and shape.
+    plan, target
+        The plan; where the program is to run.
+    tokens
+        Numbers of vectors that matter to the user.
+
+    Returns
+    -------
+    Plan
+        The same one if nothing is slower.
+    """
+    sites: dict[str, OperatorModule] = {}
+    for node in rewritten.graph.nodes:
+        if node.op == "call_module":
+            module = rewritten.module.get_submodule(str(node.target))
+            assert isinstance(module, OperatorModule)
+            sites[module.site] = module
+    known: dict[Any, Times] = {}
+    refused: dict[str, Skip] = {}
+    for site, module in track(list(sites.items()), "timing", progress):
+        key = structure_of(module.operator), *((name, t.shape) for name, t in module.operator.tensors().items())
+        if key not in known:
+            known[key] = time_operator(module.operator, target, tokens)
+        if known[key].slower:
+            names = [name for name in plan.entries if name == site or name.startswith(f"{site}.")]
+            reason = f"slower than dense on '{target}': {known[key]}; allow_slower overrides"
+            refused.update((name, Skip(name, f"{plan.entries[name].form} is {reason}")) for name in names)
+    if not refused:
+        return plan
+    left = {name: entry for name, entry in plan.entries.items() if name not in refused}
+    return dataclasses.replace(plan, entries=left, skipped=[*plan.skipped, *refused.values()])
+
+
+def _instead(dense: Program, operator: Operator) -> Program:
+    result = dense.copy()
+    set_by_path(result.module, "recast_operators.timed", OperatorModule(operator, "timed", "timed"))
+    (node,) = result.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    put_module(result, node, "recast_operators.timed")
+    result.module.recompile()
+    return result
+
+
+def _medians(runs: Sequence[Runner], x: Tensor) -> list[float]:
+    """Median seconds of each, taking turns, each sample long enough for the clock."""
+
+    def seconds(run: Runner, times: int) -> float:
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        start = time.perf_counter()
+        for _ in range(times):
+            run([x])
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        return (time.perf_counter() - start) / times
+
+    for run in runs:
+        seconds(run, 3)  # compiles
+    times = [max(1, round(_SAMPLE / max(seconds(run, 2), 1e-7))) for run in runs]
+    samples = [[seconds(run, count) for run, count in zip(runs, times, strict=True)] for _ in range(_ROUNDS)]
+    return [statistics.median(column) for column in zip(*samples, strict=True)]
+
+
+def _file(operator: Operator, target: str, tokens: Sequence[int]) -> Path | None:
+    """Where times of such an operator are kept on this machine."""
+    folder = cache_directory()
+    if folder is None:
+        return None
+    tensors = [(name, tuple(t.shape), str(t.dtype), str(t.device)) for name, t in sorted(operator.tensors().items())]
+    device = next(iter(operator.tensors().values())).device
+    machine: list[Any] = [platform.node(), platform.processor(), torch.__version__, torch.get_num_threads()]
+    if device.type == "cuda":
+        machine += [torch.cuda.get_device_name(device), torch.version.cuda]
+    about = [target, sorted(tokens), repr(structure_of(operator)), tensors, machine, _source()]
+    return folder / "times" / f"{hashlib.sha256(repr(about).encode()).hexdigest()}.json"
+
+
+def _source() -> str:
+    """Of the kernels: other code, other times."""
+    files = sorted(Path(next(iter(recast.kernels.__path__))).rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
