@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from recast.passes.forms.algebra import Product
-from recast.passes.forms.form import Form, NamedForm, data_error
+from recast.passes.forms.form import NamedForm, data_error
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.scaled import ScaledInputs, fit_scaled, input_size, outline_scaled
 from recast.passes.forms.stats import Stats
@@ -21,8 +21,6 @@ __all__ = ["Awq"]
 
 # Rows on which the powers are compared; all rows are compared with the unscaled fit in the end.
 _ROWS = 512
-# Powers that are compared with the base's own search of scales and rounding.
-_FINALISTS = 5
 
 
 @dataclass(frozen=True)
@@ -93,21 +91,13 @@ class Awq(ScaledInputs):
         seen = size > 0
         size = torch.where(seen, size, size[seen].min() if bool(seen.any()) else 1.0)
         some = [(weight[:: -(-weight.shape[0] // _ROWS)], known) for weight, known in pairs]
-        tried = [size ** (i / self.grid) for i in range(self.grid)]
-        tried = [self.rounded(scale / (scale.max() * scale.min()).sqrt()) for scale in tried]
-        # Plain rounding tells which powers are good, the base itself which of them is best.
-        for inner, left in ((_quick(base), _FINALISTS), (base, 1)):
-            if len(tried) > left:
-                lost = [error([fit_scaled(inner, w, known, scale) for w, known in some], some) for scale in tried]
-                tried = [tried[i] for i in sorted(range(len(tried)), key=lost.__getitem__)[:left]]
-        best = tried[0]
+        best, least = ones, torch.inf
+        for i in range(self.grid):
+            scale = size ** (i / self.grid)
+            scale = self.rounded(scale / (scale.max() * scale.min()).sqrt())
+            lost = error(scaled(scale, some), some)
+            if lost < least:
+                best, least = scale, lost
         found, plain = scaled(best, pairs), scaled(ones, pairs)
         free = plain if base.optimal_on_data else scaled(ones, [(weight, None) for weight in weights])
         return min((found, plain, free), key=error)
-
-
-def _quick(base: Form) -> Form:
-    """The base with plain rounding, by which the published search compares powers."""
-    plain = {"clip": False, "rounding": "nearest"}
-    changed = {name: value for name, value in plain.items() if hasattr(base, name)}
-    return replace(base, **changed) if changed else base  # type: ignore[type-var]
