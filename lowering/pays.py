@@ -136,7 +136,8 @@ def refuse_slower(
         if key not in known:
             known[key] = time_operator(module.operator, target, tokens)
         if known[key].slower:
-            names = [name for name in plan.entries if name == site or name.startswith(f"{site}.")]
+            parts = (name for name in plan.entries if name.startswith(f"{site}.") and name not in sites)
+            names = [site] if site in plan.entries else list(parts)
             reason = f"slower than dense on '{target}': {known[key]}; allow_slower overrides"
             refused.update((name, Skip(name, f"{plan.entries[name].form} is {reason}")) for name in names)
     if not refused:
