@@ -21,17 +21,22 @@ class Contraction:
     ----------
     x, w, y
         Letters of the activation, the weight and the result.
+    stack
+        Letters of the weight that number matrices although the activation lacks them: every matrix meets all of it.
 
     Examples
     --------
     >>> c = Contraction("bti", "io", "bto")
     >>> c.inputs, c.outputs, c.batch, c.reason()
     ('i', 'o', '', None)
+    >>> Contraction("ti", "eio", "teo").outputs, Contraction("ti", "eio", "teo", stack="e").outputs
+    ('eo', 'o')
     """
 
     x: str
     w: str
     y: str
+    stack: str = ""
 
     @property
     def inputs(self) -> str:
@@ -41,12 +46,17 @@ class Contraction:
     @property
     def outputs(self) -> str:
         """Letters that only the weight brings, in the result's order."""
-        return "".join(d for d in self.y if d in self.w and d not in self.x)
+        return "".join(d for d in self.y if d in self.w and d not in self.x and d not in self.stack)
+
+    @property
+    def paired(self) -> str:
+        """Letters that pair a matrix of the weight with a slice of the activation."""
+        return "".join(d for d in self.w if d in self.x and d in self.y)
 
     @property
     def batch(self) -> str:
-        """Letters that pair a matrix of the weight with a slice of the activation."""
-        return "".join(d for d in self.w if d in self.x and d in self.y)
+        """Letters that number matrices of the weight."""
+        return self.paired or self.stack
 
     @property
     def free(self) -> str:
@@ -74,10 +84,10 @@ class Contraction:
 
     def arrange(self, x: Tensor, index: int | None = None) -> Tensor:
         """The activation as ``(free..., in_features)``, for a batched weight the slice that meets matrix `index`."""
-        letters = self.batch + self.free + self.inputs
+        letters = self.paired + self.free + self.inputs
         x = x.permute([self.x.index(d) for d in letters])
-        if self.batch:
-            x = x.flatten(0, len(self.batch) - 1)[index or 0]
+        if self.paired:
+            x = x.flatten(0, len(self.paired) - 1)[index or 0]
         return x.flatten(len(self.free))
 
     def emit_input(self, graph: fx.Graph, x: fx.Node, batch: str = "") -> fx.Node:

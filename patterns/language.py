@@ -30,6 +30,7 @@ __all__ = [
     "Either",
     "Literal",
     "Match",
+    "Pair",
     "Pattern",
     "Repeat",
     "Same",
@@ -222,6 +223,22 @@ class Any_(Pattern):  # `Any` is typing's
 def Same(name: str) -> Pattern:  # reads as a pattern
     """The value bound to that name elsewhere."""
     return Any_(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair(Pattern):
+    """A list of two operands, as `einsum` and `cat` take."""
+
+    first: Pattern
+    second: Pattern
+
+    def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
+        """Match both."""
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            trail.fail(state, value, "two operands are needed")
+            return
+        for found in self.first.match(value[0], state, scope, trail):
+            yield from self.second.match(value[1], found, scope, trail)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,14 +77,11 @@ def _raise(graph: fx.Graph, uses: list[tuple[str, Use]], planned: set[str]) -> i
         results = []
         for site, use in uses:
             x = first.x
-            if contraction.batch:
-                order = [
-                    contraction.x.index(d)
-                    for d in contraction.batch + "".join(d for d in contraction.x if d not in contraction.batch)
-                ]
+            if paired := contraction.paired:
+                order = [contraction.x.index(d) for d in paired + "".join(d for d in contraction.x if d not in paired)]
                 x = graph.call_function(aten.permute.default, (x, order)) if order != sorted(order) else x
-                if len(contraction.batch) > 1:
-                    x = graph.call_function(aten.flatten.using_ints, (x, 0, len(contraction.batch) - 1))
+                if len(paired) > 1:
+                    x = graph.call_function(aten.flatten.using_ints, (x, 0, len(paired) - 1))
                 x = graph.call_function(aten.select.int, (x, 0, use.index))
             x = contraction.emit_input(graph, x, contraction.batch)
             linear = graph.call_function(aten.linear.default, (x, _matrix(graph, use), use.bias))

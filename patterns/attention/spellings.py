@@ -7,7 +7,6 @@ filled in, soft caps, relative biases, sinks joined as one more column, casts an
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,12 +20,11 @@ from recast.patterns.language import (
     Call,
     Either,
     Literal,
+    Pair,
     Pattern,
     Repeat,
     Scope,
-    State,
     Through,
-    Trail,
 )
 
 __all__ = [
@@ -90,21 +88,6 @@ def _both_computed(node: fx.Node, scope: Scope) -> bool:
 
 def _einsum(first: Pattern, second: Pattern, name: str) -> Pattern:
     return Call.of(aten.einsum.default, Any_(), Pair(first, second), name=name, where=_both_computed)
-
-
-class Pair(Pattern):
-    """A list of two operands."""
-
-    def __init__(self, first: Pattern, second: Pattern) -> None:
-        self.first, self.second = first, second
-
-    def match(self, value: Any, state: State, scope: Scope, trail: Trail) -> Iterator[State]:
-        """Match both."""
-        if not isinstance(value, list | tuple) or len(value) != 2:
-            trail.fail(state, value, "two operands are needed")
-            return
-        for found in self.first.match(value[0], state, scope, trail):
-            yield from self.second.match(value[1], found, scope, trail)
 
 
 def _score_step(inner: Pattern) -> Pattern:

@@ -15,6 +15,7 @@ from recast.patterns.linear.naming import site_name
 from recast.patterns.linear.packing import packed_parts, size_hint
 from recast.patterns.linear.routed import is_grouped
 from recast.patterns.linear.spellings import einsum_letters, spell
+from recast.patterns.linear.stacked import stacked
 from recast.patterns.memo import remembered
 from recast.patterns.program import Program, get_by_path
 from recast.patterns.sites import LinearSite, Mismatch, Part, Use, source_line
@@ -44,7 +45,7 @@ def _find(program: Program, constants: Constants) -> tuple[list[LinearSite], lis
     for node in program.graph.nodes:
         found = spell(node, constants) if node not in constants else None  # a product of weights is itself a weight
         if isinstance(found, Use):
-            for use in _single_matrices(_with_following_bias(found, constants)):
+            for use in _single_matrices(stacked(_with_following_bias(found, constants), constants)):
                 matrix = matrix_of(use, constants)
                 grouped.setdefault(matrix.place, (matrix, []))[1].append(use)
         elif found is not None:

@@ -7,8 +7,8 @@ from torch import Tensor, fx
 
 from recast.patterns.language import Call, Match
 from recast.patterns.mlp import common_name
-from recast.patterns.moe.experts import Experts, Tokens, latents, read_experts, read_tokens
-from recast.patterns.moe.routing import CHOICES, LOOKUPS, Router, by_table, chooses, entrances, read_router
+from recast.patterns.moe.experts import Experts, Tokens, latents, read_experts, read_tokens, weighed
+from recast.patterns.moe.routing import ALL, CHOICES, LOOKUPS, Router, by_table, chooses, entrances, read_router
 from recast.patterns.rules import Rule, Surroundings, never
 from recast.patterns.sites import MoESite, Piece, source_line
 
@@ -58,9 +58,22 @@ def _build(match: Match, around: Surroundings) -> MoESite | str:
         notes=tuple(notes),
         node=nodes[-1],
         nodes=tuple(nodes),
-        pattern="moe" if choice.target in CHOICES else "moe_by_table",
+        pattern="moe_of_all" if choice.target in ALL else "moe" if choice.target in CHOICES else "moe_by_table",
         where=source_line(choice),
     )
+
+
+def _build_of_all(match: Match, around: Surroundings) -> MoESite | str:
+    """A mixture in which every token visits every expert; what merely weighs features by scores is none."""
+    router = read_router(match.root, around)
+    if isinstance(router, str):
+        return router
+    if any(n.target in CHOICES for n in router.cone):
+        return "a choice among the scores follows"
+    site = _build(match, around)
+    if isinstance(site, str) or len(site.experts) == router.site.out_features:
+        return site
+    return f"the router scores {router.site.out_features} experts, {len(site.experts)} are in the graph"
 
 
 def _experts(router: Router, around: Surroundings) -> tuple[Tokens, Experts] | str:
@@ -90,7 +103,17 @@ def _suspicious(node: fx.Node, around: Surroundings) -> bool:
     return not isinstance(read_router(node, around), str)
 
 
+def _weighs(node: fx.Node, around: Surroundings) -> bool:
+    """Whether as many matrices are weighed by scores as there are scores."""
+    router = read_router(node, around)
+    if isinstance(router, str) or router.site.out_features < 2 or any(n.target in CHOICES for n in router.cone):
+        return False
+    lasts = weighed(router, read_tokens(router, around, router.use.x), around, firsts=True)
+    return len({site.name for last in lasts for site, _ in around.products(last)}) == router.site.out_features
+
+
 RULES = (
     Rule("moe", "moe", Call(CHOICES, where=lambda node, scope: chooses(node)), _build, _ANCHORS, _suspicious, order=40),
     Rule("moe_by_table", "moe", Call(LOOKUPS, where=by_table), _build, suspicious=never, order=41),
+    Rule("moe_of_all", "moe", Call(ALL), _build_of_all, ALL, _weighs, order=42),
 )

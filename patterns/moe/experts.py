@@ -16,7 +16,7 @@ from recast.patterns.moe.routing import FRESH, Router, values_read
 from recast.patterns.rules import Surroundings
 from recast.patterns.sites import LinearSite, Piece
 
-__all__ = ["Experts", "Tokens", "latents", "read_experts", "read_tokens"]
+__all__ = ["Experts", "Tokens", "latents", "read_experts", "read_tokens", "weighed"]
 
 aten = torch.ops.aten
 
@@ -145,13 +145,15 @@ def _beside(node: fx.Node, router: Router, around: Surroundings) -> bool:
 
 def read_experts(router: Router, tokens: Tokens, around: Surroundings) -> Experts | str:
     """Pair up the linears of every expert, or say what stands in the way."""
-    lasts = _combined(router, tokens, around)
+    lasts = weighed(router, tokens, around)
     firsts = [n for n in _entered(tokens.sent, around) if n not in lasts]
     for first in firsts:
         lasts.update(dict.fromkeys(_next(first, tokens, router, around)))
     lasts.pop(router.use.node, None)
     lasts.pop(router.use.product, None)
     if not lasts:
+        if len(weighed(router, tokens, around, firsts=True)) > 1:
+            return "what is weighed comes from one linear each; an expert as known here has two, with hidden values between"
         return "no linears follow from the choice: what is chosen are no experts"
     found: list[tuple[tuple[Any, ...], dict[str, Piece]]] = []
     nodes: set[fx.Node] = set()
@@ -209,8 +211,8 @@ def _apart(
     return "something else than an activation lies between the two linears of an expert"
 
 
-def _combined(router: Router, tokens: Tokens, around: Surroundings) -> dict[fx.Node, None]:
-    """Products whose results are weighted or put back by the router's choice."""
+def weighed(router: Router, tokens: Tokens, around: Surroundings, *, firsts: bool = False) -> dict[fx.Node, None]:
+    """Products whose results are weighted or put back by the router's choice; with `firsts`, those that tokens enter too."""
     found: dict[fx.Node, None] = {}
     seen: set[fx.Node] = set()
     queue: deque[fx.Node] = deque()
@@ -233,7 +235,7 @@ def _combined(router: Router, tokens: Tokens, around: Surroundings) -> dict[fx.N
         if products := around.products(node):
             _, use = products[0]
             entered = use.x in tokens.plain or use.x in tokens.sent
-            if not entered:
+            if firsts or not entered:
                 found.setdefault(use.product)
             continue
         if not product_flops(node) or node.target in _MATMULS:

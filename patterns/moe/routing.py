@@ -17,7 +17,18 @@ from recast.patterns.provenance import origins
 from recast.patterns.rules import Surroundings
 from recast.patterns.sites import LinearSite, Use
 
-__all__ = ["CHOICES", "FRESH", "LOOKUPS", "Router", "by_table", "chooses", "entrances", "read_router", "values_read"]
+__all__ = [
+    "ALL",
+    "CHOICES",
+    "FRESH",
+    "LOOKUPS",
+    "Router",
+    "by_table",
+    "chooses",
+    "entrances",
+    "read_router",
+    "values_read",
+]
 
 aten = torch.ops.aten
 
@@ -32,6 +43,7 @@ FRESH: frozenset[Any] = frozenset(
     }
 )  # fmt: skip
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+ALL: frozenset[Any] = frozenset({*_SOFTMAX, aten.sigmoid.default})  # weights for every expert: none is left out
 _SUMS = {"sum", "norm", "linalg_vector_norm"}
 _TABLES = {aten.index.Tensor, aten.index_select.default, aten.embedding.default}
 _LIMIT = 150  # values between a router and the choice
@@ -75,7 +87,7 @@ def read_router(choice: fx.Node, around: Surroundings) -> Router | str:
     if top_k is None:
         return "how many experts are chosen depends on the input"
     after = [n for n in cone if n not in before and n is not choice]
-    scoring, late = _scoring(before, after)
+    scoring, late = _scoring({choice: None}, []) if choice.target in ALL else _scoring(before, after)
     groups = sorted((n for n in before if n.target is aten.topk.default), key=around.position.__getitem__)
     return Router(
         site,
@@ -192,6 +204,8 @@ def _last_size(value: Any) -> int | None:
 def _top_k(choice: fx.Node, cone: dict[fx.Node, None]) -> int | None:
     if choice.target is aten.topk.default:
         return choice.args[1] if isinstance(choice.args[1], int) else None
+    if choice.target in ALL:
+        return _last_size(choice)
     if choice.target in LOOKUPS:
         return _last_size(choice.args[2])
     if choice.target is aten.argmax.default:  # one at a time, the first taken out before the second is looked for

@@ -14,7 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from recast.patterns.language import CASTS, COPIES, VIEWS, Call, Either, Literal, Pattern, Scope, Through, Weight, among
+from recast.patterns.language import (
+    CASTS,
+    COPIES,
+    VIEWS,
+    Call,
+    Either,
+    Literal,
+    Pair,
+    Pattern,
+    Scope,
+    Through,
+    Weight,
+    among,
+)
 from recast.patterns.rules import Surroundings
 
 __all__ = [
@@ -34,6 +47,7 @@ __all__ = [
     "roots",
     "spread",
     "square",
+    "sum_square",
     "suspicious",
     "total",
 ]
@@ -56,7 +70,19 @@ _BETWEEN = _BROADCAST | frozenset(
 )
 _LAST = frozenset({*MUL, *DIV, *ADD})
 _VAR_MEAN = (aten.var_mean.correction, aten.var_mean.dim)
-_SUMS = frozenset({aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var.dim, *_VAR_MEAN, *NORMS})
+_SUMS = frozenset(
+    {
+        aten.mean.dim,
+        aten.sum.dim_IntList,
+        aten.var.correction,
+        aten.var.dim,
+        aten.linalg_vecdot.default,
+        *_VAR_MEAN,
+        *NORMS,
+    }
+)
+_DOTS = frozenset({aten.einsum.default, aten.matmul.default, aten.bmm.default, aten.mm.default, aten.dot.default})
+_ARRANGED = VIEWS | CASTS | COPIES
 
 
 def cast(inner: Pattern) -> Pattern:
@@ -93,8 +119,40 @@ def mean(of: Pattern, name: str = "mean") -> Pattern:
 
 
 def mean_square(of: Pattern) -> Pattern:
-    """The mean of the squares."""
-    return mean(cast(square(of)))
+    """The mean of the squares, also as the product of a value with itself."""
+    dot = cast(_dot(of))
+    return Either.of(
+        mean(cast(square(of))),
+        Call.of(DIV, dot, Literal("dot_count", where=_is_number)),
+        Call.of(MUL, dot, Literal("dot_share", where=_is_number), commutes=True),
+    )
+
+
+def sum_square(of: Pattern) -> Pattern:
+    """The sum of the squares."""
+    return Either.of(total(cast(square(of))), _dot(of))
+
+
+def _dot(of: Pattern) -> Pattern:
+    """The sum of the squares along the last dimension, as one operation."""
+    return Either.of(
+        Call.of(aten.einsum.default, Literal(where=_over_last), Pair(of, of), name="dot"),
+        Call.of(aten.linalg_vecdot.default, of, of, name="dot", where=_vectors_last),
+    )
+
+
+def _over_last(equation: Any) -> bool:
+    """Whether an equation multiplies a value with itself and sums its last dimension: ``btd,btd->bt``."""
+    if not isinstance(equation, str) or equation.count(",") != 1:
+        return False
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    first, _, second = terms.partition(",")
+    letters = first.replace("...", "")
+    return bool(arrow) and first == second and len(set(letters)) == len(letters) > 0 and result == first[:-1]
+
+
+def _vectors_last(node: fx.Node, scope: Scope) -> bool:
+    return scope.named(node).get("dim", -1) in (-1, node.args[0].meta["val"].ndim - 1)  # type: ignore[union-attr]
 
 
 def _padded(of: Pattern) -> Pattern:
@@ -164,12 +222,23 @@ def suspicious(node: fx.Node, around: Surroundings) -> bool:
     for _ in range(6):
         if not isinstance(inner, fx.Node) or inner.op != "call_function":
             return False
-        if inner.target in _SUMS:
+        if inner.target in _SUMS or (inner.target in _DOTS and _with_itself(inner)):
             return True
-        if inner.target not in _BETWEEN and inner.target is not operator.getitem:
+        if inner.target not in _BETWEEN | _ARRANGED and inner.target is not operator.getitem:
             return False
         inner = inner.all_input_nodes[0] if inner.all_input_nodes else None
     return False
+
+
+def _with_itself(product: fx.Node) -> bool:
+    """Whether a product is that of one value with itself, however arranged."""
+    operands: Any = product.args[1] if product.target is aten.einsum.default else product.args[:2]
+    sources = set()
+    for operand in operands:
+        while isinstance(operand, fx.Node) and operand.op == "call_function" and operand.target in _ARRANGED:
+            operand = operand.args[0]
+        sources.add(operand)
+    return len(operands) == 2 and len(sources) == 1
 
 
 def affine(normal: Pattern) -> Pattern:

@@ -14,9 +14,8 @@ from recast.patterns.norm.pieces import (
     computed,
     mean_square,
     normalised,
-    square,
+    sum_square,
     suspicious,
-    total,
 )
 from recast.patterns.norm.site import written
 from recast.patterns.rules import Rule, Surroundings
@@ -37,7 +36,7 @@ def _rms() -> Pattern:
 
 
 def _l2() -> Pattern:
-    return affine(normalised(_X, total(cast(square(_X))), _NORM))
+    return affine(normalised(_X, sum_square(_X), _NORM))
 
 
 def _build_rms(match: Match, around: Surroundings) -> NormSite | str:

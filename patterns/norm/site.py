@@ -122,9 +122,12 @@ def same_size(a: Any, b: Any) -> bool:
 def _statistic(match: Match, value: Any, features: int) -> str:
     """Why the sums are not those of a norm over the last dimension; empty if they are."""
     names = [name for name in ("sum", "mean", "variance", "norm", "centre", "centre2") if match.get(name) is not None]
+    dot = match.get("dot")
+    if dot is not None:  # what it sums over is in its form
+        names.append("dot")
     for name in names:
         dims = match.get(f"{name}_dims")
-        dims = dims if isinstance(dims, list) else [dims]
+        dims = [-1] if name == "dot" else dims if isinstance(dims, list) else [dims]
         if any(not isinstance(d, int) for d in dims) or {d % value.ndim for d in dims} != {value.ndim - 1}:
             what = "mean" if name.startswith("centre") else name
             return (
@@ -234,7 +237,7 @@ def _dtypes(
     """Dtypes of statistics, product and what meets the weight, where they differ from the step before."""
     start, root = _val(x).dtype, _val(match.root).dtype
     normal = match["normal"]
-    held = next((match[name] for name in ("square", "variance", "norm") if match.get(name) is not None), normal)
+    held = next((match[name] for name in ("square", "variance", "norm", "dot") if match.get(name) is not None), normal)
     compute, product = _val(held).dtype, _val(normal).dtype
     between, scaled = product, match.get("scaled")
     if scaled is not None:

@@ -175,6 +175,18 @@ def all_by_bmm(x: Tensor, weights: Tensor, chosen: Tensor, experts: Any) -> Tens
     return torch.bmm(up * F.silu(gate), experts.down_proj.transpose(1, 2)).sum(0)
 
 
+def all_by_einsum(x: Tensor, weights: Tensor, chosen: Tensor, experts: Any) -> Tensor:
+    dense = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter(1, chosen, weights)
+    h = gated(torch.einsum("ti,eoi->teo", x, experts.gate_up_proj))
+    return torch.einsum("teo,te->to", torch.einsum("tei,eoi->teo", h, experts.down_proj), dense)
+
+
+def all_by_matmul(x: Tensor, weights: Tensor, chosen: Tensor, experts: Any) -> Tensor:
+    dense = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter(1, chosen, weights)
+    h = gated(x @ experts.gate_up_proj.mT)  # (experts, tokens, features)
+    return (h @ experts.down_proj.mT * dense.t().unsqueeze(-1)).sum(0)
+
+
 def taken_one_by_one(x: Tensor, weights: Tensor, chosen: Tensor, experts: Any) -> Tensor:
     y = torch.zeros_like(x)
     for e in range(E):
@@ -209,6 +221,8 @@ WAYS = {
     "in runs": Way(in_runs(lambda x, w, e: F.grouped_mm(x, w, offs=e)), "grouped_mm", double=False),
     "in runs, custom operation": Way(in_runs(fallback), "grouped_mm"),
     "all, bmm": Way(all_by_bmm, "bmm", routed=False),
+    "all, einsum": Way(all_by_einsum, "einsum", routed=False),
+    "all, matmul": Way(all_by_matmul, "bmm", routed=False),
     "one by one": Way(taken_one_by_one, "loop", routed=False),
     "one hot": Way(one_hot, "one_hot", routed=False),
 }
