@@ -1,139 +1,31 @@
-"""Which Triton kernel runs which operator; what none serves is left to Inductor as plain torch code."""
+"""Which Triton kernel runs which operator; what none serves is left to Inductor as plain torch code.
+
+Every file under ``serving/`` offers ``serve(operator)``: the operator laid out for its kernel, the reason why not as the name of a
+kernel (`recast.lowering.packed.plain`), or None if the operator is not its concern. Nothing here is changed to add one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import importlib
+import pkgutil
 
-import torch
-from torch import Tensor
-
-from recast.kernels.codebook_matmul.reference import decode_scales
-from recast.kernels.quantized_matmul.dequantizing_op import dequantizing_matmul
-from recast.kernels.quantized_matmul.lanes import to_lanes
-from recast.kernels.quantized_matmul.launch import pairs_of
-from recast.kernels.quantized_matmul.reference import unpack_codes
-from recast.kernels.sparse_matmul.lanes import to_lanes as to_sparse_lanes
-from recast.kernels.sparse_matmul.reference import unpack_bits
-from recast.kernels.sparse_matmul.sparse24_op import sparse24_matmul
-from recast.lowering.packed import Packed, chooser, plain
-from recast.passes.forms.algebra import Product, Sum
-from recast.passes.forms.codebook import Codebook
-from recast.passes.forms.nm_sparse import NMSparse
-from recast.passes.forms.operator import Dense, Operator
-from recast.passes.forms.quantized import Quantized
+from recast.lowering.packed import Leaf, Packed, chooser
+from recast.lowering.triton import serving
+from recast.passes.forms.operator import Operator
 
 __all__ = ["choose"]
 
-SPARSE24 = "triton 2:4 matmul"
-DEQUANTIZING = "triton dequantizing matmul"
-WITH_LOW_RANK = "triton dequantizing matmul with low-rank term"
+
+@functools.cache
+def _served() -> tuple[Leaf, ...]:
+    """What every file offers, by name of the file."""
+    names = sorted(module.name for module in pkgutil.iter_modules(serving.__path__))
+    return tuple(importlib.import_module(f"{serving.__name__}.{name}").serve for name in names)
 
 
 def _leaf(operator: Operator) -> Packed | None:
-    if isinstance(operator, Sum):
-        return _with_low_rank(operator)
-    if isinstance(operator, Quantized | Codebook):
-        reason = _refused(operator)
-        if reason is not None:
-            return plain(operator, f"aten ({reason})")
-        return _dequantizing(operator)
-    if isinstance(operator, NMSparse):
-        return _sparse24(operator)
-    return None
-
-
-def _sparse24(operator: NMSparse) -> Packed:
-    """Two of every four inputs, in 16-bit floats."""
-    dtype, values = operator.dtype, operator.values
-    if (operator.keep, operator.of) != (2, 4) or operator.features % 4:
-        return plain(
-            operator, f"aten ({operator.keep} of every {operator.of} of {operator.features} inputs: no kernel)"
-        )
-    if dtype not in (torch.bfloat16, torch.float16) or not isinstance(values, Dense):
-        return plain(operator, "aten (2:4 of values that are not 16-bit floats: no kernel yet)")
-    places = unpack_bits(operator.indices, 2, values.shape[1])
-    words, marks = to_sparse_lanes(values.to_dense(), places)
-
-    def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        y: Tensor = sparse24_matmul(x.to(dtype), tensors["values"], tensors["places"], None)
-        return y.to(x.dtype)
-
-    return Packed(operator, SPARSE24, {"values": words, "places": marks}, run)
-
-
-def _refused(operator: Quantized | Codebook) -> str | None:
-    """Why the kernel does not take codes, None where it does."""
-    if isinstance(operator, Quantized) and operator.activations:
-        return "rounded activations: no kernel yet"
-    if operator.group is not None and operator.group % 16 and operator.group < operator.shape[1]:
-        return f"groups of {operator.group} are no multiple of 16"
-    if isinstance(operator, Codebook):
-        if tuple(operator.table.shape[:2]) != (1, 1) or operator.table.shape[3] != 1:
-            return "tables of vectors, or several: no kernel yet"
-        if operator.bits not in (2, 3, 4, 8):
-            return f"codes of {operator.bits} bits: no kernel"
-    return None
-
-
-def _dequantizing(operator: Quantized | Codebook) -> Packed:
-    held, bits, group, kind = _held(operator)
-
-    def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        parts = (tensors.get(name) for name in ("high_values", "scale", "zero", "table", "pairs"))
-        y: Tensor = dequantizing_matmul(x, tensors["values"], *parts, None, None, None, bits, group, kind)
-        return y
-
-    return Packed(operator, DEQUANTIZING, held, run)
-
-
-def _with_low_rank(operator: Sum) -> Packed | None:
-    """Codes and a product of two dense factors, added in one pass."""
-    codes = [part for part in operator.parts if isinstance(part, Quantized | Codebook) and _refused(part) is None]
-    factors = [part for part in operator.parts if isinstance(part, Product)]
-    if len(operator.parts) != 2 or len(codes) != 1 or len(factors) != 1:
-        return None
-    left, right = factors[0].left, factors[0].right
-    if not isinstance(left, Dense) or not isinstance(right, Dense):
-        return None
-    held, bits, group, kind = _held(codes[0])
-    held = {**held, "left": left.to_dense().contiguous(), "right": right.to_dense().contiguous()}
-
-    def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        parts = (tensors.get(name) for name in ("high_values", "scale", "zero", "table", "pairs"))
-        factors = tensors["left"], tensors["right"]
-        y: Tensor = dequantizing_matmul(x, tensors["values"], *parts, None, *factors, bits, group, kind)
-        return y
-
-    return Packed(operator, WITH_LOW_RANK, held, run)
-
-
-def _held(operator: Quantized | Codebook) -> tuple[dict[str, Tensor], int, int, str]:
-    """Tensors as the kernel takes them, bits, inputs of a group and the kind of code."""
-    n = operator.shape[1]
-    group = 0 if operator.group is None or operator.group >= n else operator.group
-    if isinstance(operator, Codebook):
-        codes, kind, scale = unpack_codes(operator.values, operator.bits, n), "table", operator.scale
-        if scale is not None and operator.step is not None and operator.mean is not None:
-            scale = decode_scales(scale, operator.step, operator.mean)
-        zero = None
-    else:
-        operator = operator.by_row()
-        kind, scale, zero = "integer", operator.scale, operator.zero
-        # Eight bits count from the middle, as the fewer bits do.
-        codes = (
-            operator.values.to(torch.int16) + 128
-            if operator.bits == 8
-            else unpack_codes(operator.values, operator.bits, n)
-        )
-    words, high_words = to_lanes(codes, operator.bits)
-    held = {"values": words, "high_values": high_words}
-    held["scale"] = None if scale is None else scale.T.contiguous()
-    held["zero"] = None if zero is None else zero.T.to(torch.bfloat16).contiguous()
-    if isinstance(operator, Codebook):
-        half = operator.compute in (torch.bfloat16, torch.float16)
-        table = operator.table.reshape(-1).to(operator.compute if half else operator.table.dtype)
-        held |= {"table": table, "pairs": pairs_of(table) if half and operator.bits < 8 else None}
-    return {name: tensor for name, tensor in held.items() if tensor is not None}, operator.bits, group, kind
+    return next((packed for serve in _served() if (packed := serve(operator)) is not None), None)
 
 
 choose = chooser(_leaf, "aten")

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import recast
-from recast.lowering.triton.kernels import DEQUANTIZING, SPARSE24, WITH_LOW_RANK
+from recast.lowering.triton.serving.dequantizing import DEQUANTIZING, WITH_LOW_RANK
+from recast.lowering.triton.serving.sparse24 import SPARSE24
 from recast.patterns.errors import TargetError
 from tests.helpers import assert_close
 
