@@ -10,6 +10,7 @@ from torch import nn
 
 import recast
 from recast.lowering.triton.serving.dequantizing import DEQUANTIZING, WITH_LOW_RANK
+from recast.lowering.triton.serving.low_rank import LOW_RANK
 from recast.lowering.triton.serving.sparse24 import SPARSE24
 from recast.patterns.errors import TargetError
 from tests.helpers import assert_close
@@ -23,7 +24,7 @@ FORMS = {
     "nf4(double=true)": DEQUANTIZING,
     "int4(group=16) + low_rank(rank=3)": WITH_LOW_RANK,
     "low_rank(rank=20) | int4(group=16)": DEQUANTIZING,
-    "low_rank(rank=20)": "aten",
+    "low_rank(rank=20)": LOW_RANK,
     "int4(group=20)": "aten (groups of 20 are no multiple of 16)",
     "int8(activations=true)": "aten (rounded activations: no kernel yet)",
 }

@@ -1,0 +1,1 @@
+"""Products with two thin matrices, one after the other."""

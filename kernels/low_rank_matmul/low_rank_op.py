@@ -1,0 +1,86 @@
+"""`recast::low_rank_matmul`: floating activations times two thin matrices, as one operation of a graph.
+
+On a GPU (or under ``TRITON_INTERPRET=1``) few tokens go through Triton kernels (`launch` has the count of bytes), many through the
+library's products; elsewhere it is the reference. The number of tokens decides when it runs, so no graph is compiled again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recast.kernels.low_rank_matmul import reference
+from recast.kernels.low_rank_matmul.launch import launch
+from recast.kernels.tiles import interpreting
+
+__all__ = ["FEW", "low_rank_matmul"]
+
+# Tokens up to which a weight is multiplied little for each time it is read, so that reading it decides.
+FEW = 64
+
+
+def _product(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """Vectors (tokens, n) times both factors, which have x's dtype."""
+    kernel = x.device.type == "cuda" or interpreting()
+    if kernel and x.shape[0] <= FEW and x.dtype != torch.float64:
+        return launch(x, left, right, bias)
+    return reference.low_rank_matmul(x, left, right, bias)
+
+
+@torch.library.custom_op("recast::low_rank_matmul", mutates_args=())
+def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply vectors by a weight of low rank, ``(x rightᵀ) leftᵀ + bias``.
+
+    Parameters
+    ----------
+    x
+        (..., n), floating.
+    left, right
+        (m, rank) and (rank, n); taken in x's dtype.
+    bias
+        (m,) or None.
+
+    Returns
+    -------
+    (..., m) in x's dtype. Gradients reach x, both factors and the bias.
+
+    Examples
+    --------
+    >>> left, right = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0, 5.0]])
+    >>> low_rank_matmul(torch.tensor([[1.0, 1.0, 0.0]]), left, right, None).tolist()
+    [[7.0, 14.0]]
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    y = _product(flat, left.to(x.dtype), right.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y.reshape(*x.shape[:-1], left.shape[0])
+
+
+@low_rank_matmul.register_fake
+def _(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], left.shape[0]))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, left, right, bias = ctx.saved_tensors
+    flat, back = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    near, far = left.to(x.dtype), right.to(x.dtype)
+    to_x = to_left = to_right = to_bias = None
+    if ctx.needs_input_grad[0]:
+        # The transposed weight is of low rank too, its factors the transposed ones in the other order.
+        to_x = _product(back, far.T, near.T, None).reshape(x.shape)
+    if ctx.needs_input_grad[1]:
+        to_left = (back.T @ (flat @ far.T)).to(left.dtype)
+    if ctx.needs_input_grad[2]:
+        to_right = ((back @ near).T @ flat).to(right.dtype)
+    if bias is not None and ctx.needs_input_grad[3]:
+        to_bias = back.sum(0).to(bias.dtype)
+    return to_x, to_left, to_right, to_bias
+
+
+low_rank_matmul.register_autograd(_gradients, setup_context=_keep)
