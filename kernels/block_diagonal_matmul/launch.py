@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recast.kernels.tiles import Cut, Tile, cut, interpreting, on_device
 
-__all__ = ["TILES", "block_tile", "launch", "step_of"]
+__all__ = ["TILES", "block_tile", "launch", "step_of", "sums_as_loaded"]
 
 # By the most tokens that they serve. The weight goes through shared memory, some steps ahead.
 TILES = {
@@ -57,53 +57,67 @@ def step_of(width: int, tile: Tile, summed: int = 1) -> int:
     return min(most, max(16, 1 << (width - 1).bit_length()))
 
 
+def sums_as_loaded(splits: int, tokens: int, tile: Tile, dtype: torch.dtype) -> bool:
+    """Say whether a tile that adds up partial sums while loading them reads no more of these than of its weight.
+
+    Examples
+    --------
+    >>> tile = block_tile(1, "cuda")
+    >>> sums_as_loaded(8, 1, tile, torch.bfloat16), sums_as_loaded(8, 8, tile, torch.bfloat16)
+    (True, False)
+    """
+    return splits * min(tokens, tile.tokens) * torch.float32.itemsize <= tile.rows * dtype.itemsize
+
+
 def launch(
     x: Tensor,
     blocks: Tensor,
     bias: Tensor | None,
     rows: int,
     *,
-    dtype: torch.dtype | None = None,
     tile: Tile | None = None,
     splits: int | None = None,
     add: bool = True,
+    as_loaded: bool | None = None,
 ) -> Tensor:
     """Multiply vectors by dense blocks on a diagonal.
 
     Parameters
     ----------
     x
-        (tokens, n), or float32 (sums, tokens, n): partial sums, added up as they are loaded.
+        (tokens, n), or float32 (sums, tokens, n): partial sums of vectors.
     blocks
         (b, p, q) of any strides. The last block may go beyond the n inputs and the rows.
     bias
         (rows,) or None.
     rows
         Outputs.
-    dtype
-        Of the result; that of the blocks if not given.
     tile, splits
         Chosen by the number of tokens and the device if not given.
     add
-        Whether partial sums are added up here; otherwise they are the result, where there are several.
+        Whether the result's partial sums are added up here; otherwise they are the result, where there are several.
+    as_loaded
+        Whether x's sums are added up by this kernel, or before by one of their own; chosen by the bytes if not given.
 
     Returns
     -------
-    (tokens, rows) in `dtype`, or float32 (splits, tokens, rows).
+    (tokens, rows) in the blocks' dtype, or float32 (splits, tokens, rows).
     """
     from recast.kernels.block_diagonal_matmul.triton import block_matmul_kernel
     from recast.kernels.quantized_matmul.launch import add_up
 
+    tile = tile or block_tile(x.shape[-2])
+    if x.dim() == 3:
+        if as_loaded is None:
+            as_loaded = sums_as_loaded(x.shape[0], x.shape[1], tile, blocks.dtype)
+        x = x if as_loaded else add_up(x.contiguous(), torch.empty_like(x[0], dtype=blocks.dtype))
     sums = x if x.dim() == 3 else x.unsqueeze(0)
     summed, tokens, features = sums.shape
     count, height, width = blocks.shape
-    out = x.new_empty((tokens, rows), dtype=dtype or blocks.dtype)
+    out = x.new_empty((tokens, rows), dtype=blocks.dtype)
     if not out.numel():
         return out
-    if not features:
-        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     sums = sums if sums.stride(2) == 1 else sums.contiguous()
-    tile = tile or block_tile(tokens)
     step = step_of(width, tile, summed)
     cuts = _cut(sums[0], count, height, -(-width // step), tile, splits)
     partial = cuts.partial(out)

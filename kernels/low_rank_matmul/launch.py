@@ -17,26 +17,12 @@ intermediate's ``4 t r`` bytes are small beside ``2 t (m + n)`` of vectors: `low
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from recast.kernels.block_diagonal_matmul.launch import block_tile
 from recast.kernels.block_diagonal_matmul.launch import launch as launch_blocks
 from recast.kernels.tiles import Tile
 
-__all__ = ["launch", "sums_as_loaded"]
-
-
-def sums_as_loaded(splits: int, tokens: int, tile: Tile, dtype: torch.dtype) -> bool:
-    """Say whether a tile that adds up partial sums while loading them reads no more of these than of its weight.
-
-    Examples
-    --------
-    >>> tile = block_tile(1, "cuda")
-    >>> sums_as_loaded(8, 1, tile, torch.bfloat16), sums_as_loaded(8, 8, tile, torch.bfloat16)
-    (True, False)
-    """
-    return splits * min(tokens, tile.tokens) * torch.float32.itemsize <= tile.rows * dtype.itemsize
+__all__ = ["launch"]
 
 
 def launch(
@@ -47,7 +33,7 @@ def launch(
     *,
     tile: Tile | None = None,
     splits: int | None = None,
-    add: bool | None = None,
+    as_loaded: bool | None = None,
 ) -> Tensor:
     """Multiply vectors by two factors.
 
@@ -61,17 +47,12 @@ def launch(
         (m,) or None.
     tile, splits
         Of the first product; chosen by the number of tokens and the device if not given.
-    add
-        Whether the first product's sums are added up by a launch of their own; chosen by the bytes if not given.
+    as_loaded
+        Whether the second product adds the first one's sums up; chosen by the bytes if not given.
 
     Returns
     -------
     (tokens, m) in x's dtype.
     """
-    tile = tile or block_tile(x.shape[0])
-    inner = launch_blocks(x, right.unsqueeze(0), None, right.shape[0], tile=tile, splits=splits, add=bool(add))
-    if inner.dim() == 3 and add is None and not sums_as_loaded(inner.shape[0], x.shape[0], tile, x.dtype):
-        from recast.kernels.quantized_matmul.launch import add_up
-
-        inner = add_up(inner, torch.empty_like(inner[0], dtype=x.dtype))
-    return launch_blocks(inner, left.unsqueeze(0), bias, left.shape[0], tile=tile, splits=1)
+    inner = launch_blocks(x, right.unsqueeze(0), None, right.shape[0], tile=tile, splits=splits, add=False)
+    return launch_blocks(inner, left.unsqueeze(0), bias, left.shape[0], tile=tile, splits=1, as_loaded=as_loaded)

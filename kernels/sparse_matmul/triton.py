@@ -41,10 +41,10 @@ def _sixteens(words, later_words, marks, FIRST: tl.constexpr, COUNT: tl.constexp
 
 @triton.jit
 def sparse24_matmul_kernel(
-    x, values, places, bias, out,
+    x, values, places, outer, bias, out,
     tokens, rows, features, blocks,
     x_stride, values_stride, places_stride, out_stride, split_stride, per_split,
-    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr,
+    OUTER: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS outputs and TOKENS vectors, over the inputs of one split.
 
@@ -53,8 +53,13 @@ def sparse24_matmul_kernel(
     x, values, places, bias, out
         (tokens, features); int32 (rows, 32 blocks) and (rows, 4 blocks) in lane order; (rows,); (tokens, rows), or with several
         splits float32 (splits, tokens, rows), a partial sum each.
+    outer
+        (blocks, OUTER, OUTER): dense blocks on a diagonal that the outputs are multiplied with, before the bias is added; for one
+        split, and a tile of whole blocks.
     per_split
         Blocks of a split.
+    OUTER
+        Side of the outer blocks, 0 without them.
     WIDE
         Multiply in float32, for the interpreter, which takes bfloat16 in `tl.dot` for integers.
     """
@@ -81,6 +86,15 @@ def sparse24_matmul_kernel(
             total = tl.dot(weight.to(tl.float32), vectors.to(tl.float32), total, input_precision="ieee")
         else:
             total = tl.dot(weight, vectors, total)
+    if OUTER > 0:
+        at = tl.arange(0, ROWS)
+        place, across = row_tile * ROWS + at, at[None, :] % OUTER
+        same = (at[:, None] // OUTER == at[None, :] // OUTER) & (place < rows)[:, None] & (place < rows)[None, :]
+        near = tl.load(outer + place.to(tl.int64)[:, None] * OUTER + across, mask=same, other=0.0)
+        if WIDE:
+            total = tl.dot(near.to(tl.float32), total.to(DTYPE).to(tl.float32), input_precision="ieee")
+        else:
+            total = tl.dot(near, total.to(DTYPE))
     if HAS_BIAS:
         if split == 0:
             total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]

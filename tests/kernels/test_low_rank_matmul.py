@@ -39,14 +39,14 @@ def test_kernel_of_every_tile(tile: Tile, dtype: torch.dtype, tokens: int) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("add", [False, True], ids=["sums as loaded", "sums by a launch"])
+@pytest.mark.parametrize("as_loaded", [False, True], ids=["sums by a launch", "sums as loaded"])
 @pytest.mark.parametrize("splits", [1, 2, 5])
-def test_kernel_with_bias_splits_and_vectors_far_apart(splits: int, add: bool, dtype: torch.dtype) -> None:
+def test_kernel_with_bias_splits_and_vectors_far_apart(splits: int, as_loaded: bool, dtype: torch.dtype) -> None:
     left, right = factors(33, 150, 580, dtype)
     x = torch.full((3, 700), float("nan"), dtype=dtype, device=DEVICE)[:, 60:640]
     x.copy_(torch.randn(3, 580))
     bias = torch.randn(33, device=DEVICE).to(dtype)
-    y = launch(x, left, right, bias, tile=SMALL, splits=splits, add=add)
+    y = launch(x, left, right, bias, tile=SMALL, splits=splits, as_loaded=as_loaded)
     assert_close(y, expected(x, left, right, bias), terms=730)
 
 

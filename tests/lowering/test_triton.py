@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import recast
+from recast.lowering.triton.serving.armor import ARMOR
 from recast.lowering.triton.serving.dequantizing import DEQUANTIZING, WITH_LOW_RANK
 from recast.lowering.triton.serving.low_rank import LOW_RANK
 from recast.lowering.triton.serving.sparse24 import SPARSE24
@@ -58,6 +59,7 @@ def test_numbers(form: str) -> None:
     ("form", "kernel"),
     [
         ("sparse24(method='magnitude')", SPARSE24),
+        ("armor(block=16, iterations=4)", ARMOR),
         ("int4(group=16)", DEQUANTIZING),
         ("nf4(group=16)", DEQUANTIZING),
         ("sparse_nm(1, 4)", "aten (1 of every 4 of 60 inputs: no kernel)"),
