@@ -6,13 +6,16 @@ Importing this file needs torch alone; calling it needs Triton, and a GPU or ``T
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from recast.kernels.tiles import Cut, Tile, cut, interpreting, on_device
 
-__all__ = ["TILES", "block_tile", "launch", "step_of", "sums_as_loaded"]
+__all__ = ["DTYPES", "TILES", "block_tile", "constants", "fitted", "launch", "step_of", "sums_as_loaded"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # By the most tokens that they serve. The weight goes through shared memory, some steps ahead.
 TILES = {
@@ -30,31 +33,82 @@ TILES = {
     ),
 }
 
+# Products of float32 in three parts take the registers of three: on CUDA more than 32 tokens have this one, of twice the warps.
+_MANY_FLOAT32 = Tile(64, 64, 8, 3)
 
-def block_tile(tokens: int, backend: str | None = None) -> Tile:
+
+def block_tile(tokens: int, backend: str | None = None, dtype: torch.dtype = torch.bfloat16) -> Tile:
     """Return the tile for a number of tokens, on "cuda" or "hip" (default: what torch was built for).
 
     Examples
     --------
-    >>> block_tile(1, "cuda").rows, block_tile(4096, "cuda").rows
-    (32, 128)
+    >>> block_tile(1, "cuda").rows, block_tile(4096, "cuda").rows, block_tile(4096, "cuda", torch.float32).rows
+    (32, 128, 64)
     """
-    tiles = TILES[backend or ("cuda" if torch.version.hip is None else "hip")]
-    return next(tile for most, tile in tiles if tokens <= most)
+    backend = backend or ("cuda" if torch.version.hip is None else "hip")
+    if dtype == torch.float32 and backend == "cuda" and tokens > 32:
+        return _MANY_FLOAT32
+    return next(tile for most, tile in TILES[backend] if tokens <= most)
 
 
-def step_of(width: int, tile: Tile, summed: int = 1) -> int:
+def fitted(tile: Tile, height: int) -> Tile:
+    """Return a tile with no more rows than blocks of so many have, and the warps for them.
+
+    Examples
+    --------
+    >>> fitted(Tile(128, 128, 8, 3), 50), fitted(Tile(32, 8, 2, 4), 3)
+    (Tile(rows=64, tokens=128, warps=4, stages=3), Tile(rows=16, tokens=8, warps=1, stages=4))
+    """
+    rows = min(tile.rows, max(16, _power(height)))
+    return Tile(rows, tile.tokens, max(1, tile.tokens // 32, tile.warps * rows // tile.rows), tile.stages)
+
+
+def step_of(width: int, tile: Tile, summed: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
     """Return how many inputs of a block are taken at a time, fewer where they come in many sums: these share the memory.
 
     Examples
     --------
     >>> step_of(4096, block_tile(1, "cuda")), step_of(24, block_tile(1, "cuda"))
     (128, 32)
+    >>> step_of(4096, block_tile(1, "cuda"), dtype=torch.float32)
+    64
     """
-    most = 64 if tile.tokens > 64 else 128
+    # Float32 in three parts takes registers for each step too.
+    many = tile.tokens > (32 if dtype == torch.float32 else 64)
+    most = (128 if many else 256) // dtype.itemsize
     if summed > 1:
-        most = min(most, max(32, 4096 // (tile.tokens * (1 << (summed - 1).bit_length()))))
-    return min(most, max(16, 1 << (width - 1).bit_length()))
+        most = min(most, max(32, 4096 // (tile.tokens * _power(summed))))
+    return min(most, max(16, _power(width)))
+
+
+def constants(
+    dtype: torch.dtype,
+    tile: Tile,
+    step: int,
+    *,
+    backend: str,
+    summed: int = 1,
+    orders: tuple[str, str] = ("as they are", "as they are"),
+    runs: tuple[int, int] = (1, 1),
+) -> dict[str, object]:
+    """Return the kernel's constants but for the bias; orders and runs are those of inputs and outputs.
+
+    Products of float32 are as exact as float32 unless torch's are allowed not to be: in three parts on NVIDIA's matrix units,
+    which take 10 bits, at once on AMD's, which take all.
+    """
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return {
+        "SUMMED": summed,
+        "IN": orders[0],
+        "OUT": orders[1],
+        "IN_RUN": runs[0],
+        "OUT_RUN": runs[1],
+        "PRECISION": "ieee" if backend == "hip" else "tf32x3" if exact else "tf32",
+        "WIDE": interpreting(),
+        "ROWS": tile.rows,
+        "TOKENS": tile.tokens,
+        "STEP": step,
+    }
 
 
 def sums_as_loaded(splits: int, tokens: int, tile: Tile, dtype: torch.dtype) -> bool:
@@ -75,6 +129,11 @@ def launch(
     bias: Tensor | None,
     rows: int,
     *,
+    inputs: int | None = None,
+    gather: Tensor | None = None,
+    scatter: Tensor | None = None,
+    in_grid: Sequence[int] = (),
+    out_grid: Sequence[int] = (),
     tile: Tile | None = None,
     splits: int | None = None,
     add: bool = True,
@@ -87,11 +146,18 @@ def launch(
     x
         (tokens, n), or float32 (sums, tokens, n): partial sums of vectors.
     blocks
-        (b, p, q) of any strides. The last block may go beyond the n inputs and the rows.
+        (b, p, q) of any strides, but fastest where rows begin at multiples of 16. The last block may go beyond the n inputs and the
+        rows.
     bias
         (rows,) or None.
     rows
         Outputs.
+    inputs
+        Of a block, where its columns are more: filled up with zeros, that is.
+    gather, in_grid
+        Where the blocks' inputs stand in x, as `reference.block_matmul` has it: an int32 index, or a grid, or as they are.
+    scatter, out_grid
+        Where their outputs stand in the result.
     tile, splits
         Chosen by the number of tokens and the device if not given.
     add
@@ -106,28 +172,36 @@ def launch(
     from recast.kernels.block_diagonal_matmul.triton import block_matmul_kernel
     from recast.kernels.quantized_matmul.launch import add_up
 
-    tile = tile or block_tile(x.shape[-2])
+    backend = "cuda" if torch.version.hip is None else "hip"
+    tile = tile or block_tile(x.shape[-2], backend, blocks.dtype)
     if x.dim() == 3:
         if as_loaded is None:
             as_loaded = sums_as_loaded(x.shape[0], x.shape[1], tile, blocks.dtype)
         x = x if as_loaded else add_up(x.contiguous(), torch.empty_like(x[0], dtype=blocks.dtype))
     sums = x if x.dim() == 3 else x.unsqueeze(0)
     summed, tokens, features = sums.shape
-    count, height, width = blocks.shape
+    count, height, columns = blocks.shape
+    width = columns if inputs is None else inputs
+    # Zeros that rows are filled up with are read with them; what a block has beyond the inputs is not.
+    last_columns = columns if features >= count * width else features - (count - 1) * width
     out = x.new_empty((tokens, rows), dtype=blocks.dtype)
     if not out.numel():
         return out
     sums = sums if sums.stride(2) == 1 else sums.contiguous()
-    step = step_of(width, tile, summed)
-    cuts = _cut(sums[0], count, height, -(-width // step), tile, splits)
+    tile = fitted(tile, height)
+    step = step_of(columns, tile, summed, blocks.dtype)
+    cuts = _cut(sums[0], count, height, max(1, -(-columns // step)), tile, splits)
     partial = cuts.partial(out)
+    orders = _order(gather, in_grid), _order(scatter, out_grid)
+    runs = _run(in_grid, width, orders[0]), _run(out_grid, height, orders[1])
     with on_device(x):
         block_matmul_kernel[cuts.grid](
-            sums, blocks, x if bias is None else bias, partial,
-            tokens, rows, features, height, width, -(-height // tile.rows),
+            sums, blocks, _or(bias, x), _or(gather, x), _or(scatter, x), partial,
+            tokens, rows, features, height, width, columns, last_columns, -(-height // tile.rows),
+            *(in_grid or (1, 1, 1)), *(out_grid or (1, 1, 1)),
             sums.stride(1), sums.stride(0), *blocks.stride(), rows, tokens * rows, cuts.per_split,
-            SUMMED=summed, HAS_BIAS=bias is not None, WIDE=interpreting(),
-            ROWS=tile.rows, TOKENS=tile.tokens, STEP=step, num_warps=tile.warps, num_stages=tile.stages,
+            HAS_BIAS=bias is not None, num_warps=tile.warps, num_stages=tile.stages,
+            **constants(blocks.dtype, tile, step, backend=backend, summed=summed, orders=orders, runs=runs),
         )  # fmt: skip
         return add_up(partial, out) if add else partial
 
@@ -136,3 +210,22 @@ def _cut(x: Tensor, count: int, height: int, steps: int, tile: Tile, splits: int
     """As `cut`, with tiles that do not reach from one block into the next."""
     tiles = count * -(-height // tile.rows)
     return cut(x, tiles * tile.rows, steps, tile, splits)
+
+
+def _power(count: int) -> int:
+    """Return the next power of two."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def _order(index: Tensor | None, grid: Sequence[int]) -> str:
+    return "index" if index is not None else "grid" if grid else "as they are"
+
+
+def _run(grid: Sequence[int], size: int, order: str) -> int:
+    """Features that are known to stand together: sixteen, where cells of a grid and blocks are whole numbers of them."""
+    return 16 if order == "grid" and grid[2] % 16 == 0 and size % 16 == 0 else 1
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """Stands for an operand that is not there; nothing reads it."""
+    return other if tensor is None else tensor
