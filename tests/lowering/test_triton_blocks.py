@@ -11,7 +11,7 @@ from torch import nn
 import recast
 from recast.kernels.tiles import interpreting
 from recast.lowering.triton.kernels import choose
-from recast.lowering.triton.serving.blocks import BLOCKS, serve
+from recast.lowering.triton.serving.blocks import BLOCKS, COUPLING, serve
 from recast.lowering.triton.serving.low_rank import LOW_RANK
 from recast.passes.forms.algebra import DirectSum, Product
 from recast.passes.forms.block_diagonal import BlockDiagonal
@@ -28,7 +28,7 @@ FORMS = {
     "monarch(blocks=4, rank=1)": BLOCKS,
     "block_shuffle": BLOCKS,
     "block_dense": f"aten + {BLOCKS}",
-    "blast(blocks=4, rank=6, iterations=3)": f"{BLOCKS} + aten",
+    "blast(blocks=4, rank=6, iterations=3)": f"{BLOCKS} + {COUPLING}",
     "block_diagonal(blocks=4) + low_rank(rank=3)": f"{BLOCKS} + {LOW_RANK}",
 }
 

@@ -13,13 +13,15 @@ from recast.kernels.block_diagonal_matmul.launch import DTYPES
 from recast.kernels.block_diagonal_matmul.reference import PADDING
 from recast.lowering.packed import Packed, plain
 from recast.passes.forms.algebra import DirectSum, Product
+from recast.passes.forms.blast import Coupling
 from recast.passes.forms.block_diagonal import BlockDiagonal
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.permutation import Permutation, Reordering, Shuffle
 
-__all__ = ["BLOCKS", "serve"]
+__all__ = ["BLOCKS", "COUPLING", "serve"]
 
 BLOCKS = "triton block matmul"
+COUPLING = "aten (coupling of groups: no kernel)"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class _Step:
 
 def serve(operator: Operator) -> Packed | None:
     """Lay out blocks, a product of blocks and reorderings alone, or a direct sum of blocks; None for anything else."""
+    if isinstance(operator, Coupling):
+        return plain(operator, COUPLING)
     if isinstance(operator, BlockDiagonal):
         steps = [_Step(operator)]
     elif isinstance(operator, Product):
