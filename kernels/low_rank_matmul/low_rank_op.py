@@ -15,16 +15,25 @@ from recast.kernels.low_rank_matmul import reference
 from recast.kernels.low_rank_matmul.launch import launch
 from recast.kernels.tiles import interpreting
 
-__all__ = ["FEW", "low_rank_matmul"]
+__all__ = ["few", "low_rank_matmul"]
 
-# Tokens up to which a weight is multiplied little for each time it is read, so that reading it decides.
-FEW = 64
+
+def few(dtype: torch.dtype) -> int:
+    """Return up to how many tokens a weight is multiplied so little, for each time it is read, that reading it decides.
+
+    Examples
+    --------
+    >>> few(torch.bfloat16), few(torch.float32), few(torch.float64)
+    (64, 16, 0)
+    """
+    # A product of float32 is three on the matrix units: more tokens take more operations than the 24 that an H200 has for a number.
+    return {2: 64, 4: 16}.get(dtype.itemsize, 0)
 
 
 def _product(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     """Vectors (tokens, n) times both factors, which have x's dtype."""
     kernel = x.device.type == "cuda" or interpreting()
-    if kernel and x.shape[0] <= FEW and x.dtype != torch.float64:
+    if kernel and x.shape[0] <= few(x.dtype):
         return launch(x, left, right, bias)
     return reference.low_rank_matmul(x, left, right, bias)
 

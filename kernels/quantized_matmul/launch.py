@@ -13,7 +13,7 @@ from torch import Tensor
 from recast.kernels.quantized_matmul.lanes import block_of
 from recast.kernels.tiles import Tile, cut, interpreting, on_device
 
-__all__ = ["KINDS", "add_up", "constants", "launch", "middle_of", "pairs_of", "steps_of"]
+__all__ = ["KINDS", "add_up", "constants", "launch", "middle_of", "pairs_of", "steps_of", "sums_of"]
 
 KINDS = ("integer", "table", "pairs", "float")
 
@@ -138,7 +138,7 @@ def launch(
     fixed = constants(bits, group, kind, x.dtype, cuts.tile, zeros=zero is not None)
     needs_sums = zero is not None or fixed["MIDDLE"] != 0
     width = steps_of(bits, group) * 16
-    sums = _sums(x, width, -(-blocks * block_of(bits) // width)) if needs_sums else None
+    sums = sums_of(x, width, -(-blocks * block_of(bits) // width)) if needs_sums else None
     middle = None if zero is None else zero.to(torch.float32) + middle_of(bits, kind, x.dtype)
     partial = cuts.partial(out)
     with on_device(x):
@@ -165,6 +165,19 @@ def add_up(partial: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def sums_of(x: Tensor, width: int, steps: int) -> Tensor:
+    """Return sums of each `width` inputs, float32 (steps, tokens).
+
+    Examples
+    --------
+    >>> sums_of(torch.tensor([[1.0, 2.0, 3.0]]), 2, 2).tolist()
+    [[3.0], [3.0]]
+    """
+    tokens, features = x.shape
+    padded = torch.nn.functional.pad(x, (0, steps * width - features))
+    return padded.reshape(tokens, steps, width).sum(2, dtype=torch.float32).T.contiguous()
+
+
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """Stands for an operand that is not there; nothing reads it."""
     return other if tensor is None else tensor
@@ -173,10 +186,3 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 def _rank(left: Tensor | None) -> int:
     """Part of the rank that is taken at a time, 0 without one."""
     return 0 if left is None else 16 if left.shape[1] <= 16 else 32 if left.shape[1] <= 32 else 64
-
-
-def _sums(x: Tensor, width: int, steps: int) -> Tensor:
-    """Sums of each `width` inputs, float32 (steps, tokens)."""
-    tokens, features = x.shape
-    padded = torch.nn.functional.pad(x, (0, steps * width - features))
-    return padded.reshape(tokens, steps, width).sum(2, dtype=torch.float32).T.contiguous()

@@ -15,7 +15,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["dequantizing_matmul_kernel", "lane_words", "one_of_words", "store_tile", "sum_splits_kernel"]
+__all__ = [
+    "decoded",
+    "dequantizing_matmul_kernel",
+    "in_order",
+    "lane_words",
+    "one_of_words",
+    "store_tile",
+    "sum_splits_kernel",
+]
 
 
 @triton.jit
@@ -65,7 +73,7 @@ def _pair(words, high_words, PAIR: tl.constexpr, BITS: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def _decoded(pair, table, BITS: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
+def decoded(pair, table, BITS: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
     """Numbers of both codes, up to the offset of `offset_of`: two tensors in `DTYPE`."""
     if KIND == "integer" and BITS < 8 and DTYPE != tl.float32:
         # The bits of 128 in bfloat16 or 1024 in float16: the code stands in the last places.
@@ -98,8 +106,8 @@ def _decoded(pair, table, BITS: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.cons
 def _pieces(words, high_words, table, FIRST: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Numbers of `COUNT` sixteens of inputs: (ROWS, lane, half, pair, and a two for each halving, the finest first)."""
     if COUNT == 1:
-        low0, high0 = _decoded(_pair(words, high_words, 2 * FIRST, BITS, ROWS), table, BITS, KIND, DTYPE)
-        low1, high1 = _decoded(_pair(words, high_words, 2 * FIRST + 1, BITS, ROWS), table, BITS, KIND, DTYPE)
+        low0, high0 = decoded(_pair(words, high_words, 2 * FIRST, BITS, ROWS), table, BITS, KIND, DTYPE)
+        low1, high1 = decoded(_pair(words, high_words, 2 * FIRST + 1, BITS, ROWS), table, BITS, KIND, DTYPE)
         return tl.join(tl.join(low0, high0), tl.join(low1, high1))
     else:
         HALF: tl.constexpr = COUNT // 2
@@ -108,9 +116,8 @@ def _pieces(words, high_words, table, FIRST: tl.constexpr, COUNT: tl.constexpr, 
 
 
 @triton.jit
-def _weight(words, high_words, table, FIRST: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Numbers of `COUNT` sixteens of inputs in their order: (ROWS, 16 COUNT)."""
-    found = _pieces(words, high_words, table, FIRST, COUNT, BITS, KIND, ROWS, DTYPE)
+def in_order(found, COUNT: tl.constexpr, ROWS: tl.constexpr):
+    """Numbers of `COUNT` sixteens, (ROWS, lane, half, pair, twos), as (ROWS, 16 COUNT)."""
     if COUNT == 1:
         found = found.permute(0, 3, 1, 2)
     elif COUNT == 2:
@@ -123,6 +130,12 @@ def _weight(words, high_words, table, FIRST: tl.constexpr, COUNT: tl.constexpr, 
         tl.static_assert(COUNT == 16)
         found = found.permute(0, 7, 6, 5, 4, 3, 1, 2)
     return found.reshape(ROWS, 16 * COUNT)
+
+
+@triton.jit
+def _weight(words, high_words, table, FIRST: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Numbers of `COUNT` sixteens of inputs in their order: (ROWS, 16 COUNT)."""
+    return in_order(_pieces(words, high_words, table, FIRST, COUNT, BITS, KIND, ROWS, DTYPE), COUNT, ROWS)
 
 
 @triton.jit

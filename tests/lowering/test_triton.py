@@ -10,9 +10,11 @@ from torch import nn
 
 import recast
 from recast.lowering.triton.serving.armor import ARMOR
+from recast.lowering.triton.serving.blocks import BLOCKS
 from recast.lowering.triton.serving.dequantizing import DEQUANTIZING, WITH_LOW_RANK
 from recast.lowering.triton.serving.low_rank import LOW_RANK
 from recast.lowering.triton.serving.sparse24 import SPARSE24
+from recast.lowering.triton.serving.sparse24_codes import SPARSE24_CODES
 from recast.patterns.errors import TargetError
 from tests.helpers import assert_close
 
@@ -63,10 +65,17 @@ def test_numbers(form: str) -> None:
         ("int4(group=16)", DEQUANTIZING),
         ("nf4(group=16)", DEQUANTIZING),
         ("sparse_nm(1, 4)", "aten (1 of every 4 of 60 inputs: no kernel)"),
+        ("sparse24(method='magnitude') | int4(group=8)", SPARSE24_CODES),
+        ("sparse24(method='magnitude') | int8", SPARSE24_CODES),
+        ("sparse24(method='magnitude') | nf4(group=16)", SPARSE24_CODES),
+        ("sparse24(method='magnitude') | int3(group=16)", "aten (2:4: values of 3 bits: no kernel)"),
+        ("sparse24(method='magnitude') | int4(group=12)", "aten (2:4: groups of 12 values are no multiple of 8)"),
         (
-            "sparse24(method='magnitude') | int4(group=16)",
-            "aten (2:4 of values that are not 16-bit floats: no kernel yet)",
+            "sparse24(method='magnitude') | int4(group=16, symmetric=false)",
+            "aten (2:4: values with zero points: no kernel)",
         ),
+        ("sparse24(method='magnitude') | fp8", "aten (2:4: values from a table of 256: no kernel)"),
+        ("armor(block=16, iterations=4) | int4(group=8)", f"{BLOCKS} + {SPARSE24_CODES}"),
     ],
 )
 def test_numbers_in_16_bits(form: str, kernel: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from recast.passes.forms.codebook import Codebook
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.quantized import Quantized
 
-__all__ = ["DEQUANTIZING", "WITH_LOW_RANK", "serve"]
+__all__ = ["DEQUANTIZING", "WITH_LOW_RANK", "Codes", "codes_of", "serve"]
 
 DEQUANTIZING = "triton dequantizing matmul"
 WITH_LOW_RANK = "triton dequantizing matmul with low-rank term"
@@ -82,28 +83,52 @@ def _with_low_rank(operator: Sum) -> Packed | None:
 
 def _held(operator: Quantized | Codebook) -> tuple[dict[str, Tensor], int, int, str]:
     """Tensors as the kernel takes them, bits, inputs of a group and the kind of code."""
-    n = operator.shape[1]
+    found = codes_of(operator)
+    words, high_words = to_lanes(found.codes, operator.bits)
+    held = {
+        "values": words, "high_values": high_words, "scale": found.scale, "zero": found.zero, "table": found.table,
+        "pairs": found.pairs,
+    }  # fmt: skip
+    return {name: tensor for name, tensor in held.items() if tensor is not None}, operator.bits, found.group, found.kind
+
+
+class Codes(NamedTuple):
+    """Codes before they are laid out.
+
+    Attributes
+    ----------
+    codes
+        (m, n), from zero on.
+    group, kind
+        Inputs that share a scale, 0 for all; "integer" or "table".
+    scale, zero, table, pairs
+        As `dequantizing_matmul` takes them.
+    """
+
+    codes: Tensor
+    group: int
+    kind: str
+    scale: Tensor | None
+    zero: Tensor | None
+    table: Tensor | None
+    pairs: Tensor | None
+
+
+def codes_of(operator: Quantized | Codebook) -> Codes:
+    """Take codes, scales and tables out of an operator."""
+    bits, n = operator.bits, operator.shape[1]
     group = 0 if operator.group is None or operator.group >= n else operator.group
     if isinstance(operator, Codebook):
-        codes, kind, scale = unpack_codes(operator.values, operator.bits, n), "table", operator.scale
+        scale = operator.scale
         if scale is not None and operator.step is not None and operator.mean is not None:
             scale = decode_scales(scale, operator.step, operator.mean)
-        zero = None
-    else:
-        operator = operator.by_row()
-        kind, scale, zero = "integer", operator.scale, operator.zero
-        # Eight bits count from the middle, as the fewer bits do.
-        codes = (
-            operator.values.to(torch.int16) + 128
-            if operator.bits == 8
-            else unpack_codes(operator.values, operator.bits, n)
-        )
-    words, high_words = to_lanes(codes, operator.bits)
-    held = {"values": words, "high_values": high_words}
-    held["scale"] = None if scale is None else scale.T.contiguous()
-    held["zero"] = None if zero is None else zero.T.to(torch.bfloat16).contiguous()
-    if isinstance(operator, Codebook):
         half = operator.compute in (torch.bfloat16, torch.float16)
         table = operator.table.reshape(-1).to(operator.compute if half else operator.table.dtype)
-        held |= {"table": table, "pairs": pairs_of(table) if half and operator.bits < 8 else None}
-    return {name: tensor for name, tensor in held.items() if tensor is not None}, operator.bits, group, kind
+        pairs = pairs_of(table) if half and bits < 8 else None
+        scale = None if scale is None else scale.T.contiguous()
+        return Codes(unpack_codes(operator.values, bits, n), group, "table", scale, None, table, pairs)
+    operator = operator.by_row()
+    # Eight bits count from the middle, as the fewer bits do.
+    codes = operator.values.to(torch.int16) + 128 if bits == 8 else unpack_codes(operator.values, bits, n)
+    zero = None if operator.zero is None else operator.zero.T.to(torch.bfloat16).contiguous()
+    return Codes(codes, group, "integer", operator.scale.T.contiguous(), zero, None, None)

@@ -11,8 +11,10 @@ from recast.kernels.sparse_matmul.lanes import to_lanes
 from recast.kernels.sparse_matmul.reference import unpack_bits
 from recast.kernels.sparse_matmul.sparse24_op import sparse24_matmul
 from recast.lowering.packed import Packed, plain
+from recast.passes.forms.codebook import Codebook
 from recast.passes.forms.nm_sparse import NMSparse
 from recast.passes.forms.operator import Dense, Operator
+from recast.passes.forms.quantized import Quantized
 
 __all__ = ["SPARSE24", "serve"]
 
@@ -20,7 +22,7 @@ SPARSE24 = "triton 2:4 matmul"
 
 
 def serve(operator: Operator) -> Packed | None:
-    """Lay out values and places; None for what is not N of every M."""
+    """Lay out values and places; None for what is not N of every M, and for codes."""
     if not isinstance(operator, NMSparse):
         return None
     dtype, values = operator.dtype, operator.values
@@ -28,6 +30,8 @@ def serve(operator: Operator) -> Packed | None:
         return plain(
             operator, f"aten ({operator.keep} of every {operator.of} of {operator.features} inputs: no kernel)"
         )
+    if isinstance(values, Quantized | Codebook):
+        return None  # `sparse24_codes` serves these
     if dtype not in (torch.bfloat16, torch.float16) or not isinstance(values, Dense):
         return plain(operator, "aten (2:4 of values that are not 16-bit floats: no kernel yet)")
     places = unpack_bits(operator.indices, 2, values.shape[1])
