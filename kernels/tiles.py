@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TILES", "Cut", "Tile", "cut", "interpreting", "on_device", "tile_for"]
+__all__ = ["TILES", "Cut", "Tile", "cut", "interpreting", "on_device", "precision_of", "tile_for"]
 
 # Blocks of a kernel that a processor should have, so that the loads of some wait while others multiply.
 _WAVES = 4
@@ -55,6 +55,22 @@ TILES = {
 def interpreting() -> bool:
     """Whether Triton's kernels run on the CPU, as its interpreter runs them."""
     return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+def precision_of(dtype: torch.dtype, backend: str | None = None) -> str:
+    """Return how `tl.dot` is to multiply; of consequence for float32 alone.
+
+    Products of float32 are as exact as float32 unless torch's are allowed not to be: in three parts on NVIDIA's matrix units,
+    which take 10 bits, at once on AMD's, which take all.
+
+    Examples
+    --------
+    >>> precision_of(torch.float32, "cuda"), precision_of(torch.float32, "hip")
+    ('tf32x3', 'ieee')
+    """
+    backend = backend or ("cuda" if torch.version.hip is None else "hip")
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if backend == "hip" else "tf32x3" if exact else "tf32"
 
 
 def tile_for(tokens: int, backend: str | None = None) -> Tile:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recast.kernels.tiles import Cut, Tile, cut, interpreting, on_device
+from recast.kernels.tiles import Cut, Tile, cut, interpreting, on_device, precision_of
 
 __all__ = ["DTYPES", "TILES", "block_tile", "constants", "fitted", "launch", "step_of", "sums_as_loaded"]
 
@@ -91,19 +91,14 @@ def constants(
     orders: tuple[str, str] = ("as they are", "as they are"),
     runs: tuple[int, int] = (1, 1),
 ) -> dict[str, object]:
-    """Return the kernel's constants but for the bias; orders and runs are those of inputs and outputs.
-
-    Products of float32 are as exact as float32 unless torch's are allowed not to be: in three parts on NVIDIA's matrix units,
-    which take 10 bits, at once on AMD's, which take all.
-    """
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    """Return the kernel's constants but for the bias; orders and runs are those of inputs and outputs."""
     return {
         "SUMMED": summed,
         "IN": orders[0],
         "OUT": orders[1],
         "IN_RUN": runs[0],
         "OUT_RUN": runs[1],
-        "PRECISION": "ieee" if backend == "hip" else "tf32x3" if exact else "tf32",
+        "PRECISION": precision_of(dtype, backend),
         "WIDE": interpreting(),
         "ROWS": tile.rows,
         "TOKENS": tile.tokens,

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from recast.kernels.quantized_matmul.launch import add_up, middle_of, sums_of
 from recast.kernels.sparse24_codes_matmul.lanes import block_of
-from recast.kernels.tiles import Tile, cut, interpreting, on_device, tile_for
+from recast.kernels.tiles import Tile, cut, interpreting, on_device, precision_of, tile_for
 
 __all__ = ["constants", "launch", "steps_of", "tile_of"]
 
 
-def steps_of(bits: int, group: int) -> int:
+def steps_of(bits: int, group: int, dtype: torch.dtype = torch.bfloat16) -> int:
     """Return how many sixteens of inputs are summed before they are scaled.
 
     Raises
@@ -27,16 +27,17 @@ def steps_of(bits: int, group: int) -> int:
 
     Examples
     --------
-    >>> steps_of(4, 256), steps_of(4, 64), steps_of(8, 0)
-    (16, 4, 8)
+    >>> steps_of(4, 256), steps_of(4, 64), steps_of(8, 0), steps_of(4, 256, torch.float32)
+    (16, 4, 8, 2)
     """
     if group % 16:
         raise ValueError(f"the kernel scales sums of 16 inputs: groups of {group} inputs do not divide so; 64 would")
     step = (math.gcd(group, block_of(bits)) if group else block_of(bits)) // 16
-    return step & -step  # pieces of a product are joined two by two
+    # Pieces of a product are joined two by two. One of float32 takes three operands of each, so few at a time.
+    return min(step & -step, 2 if dtype == torch.float32 else 16)
 
 
-def tile_of(tokens: int, step: int, backend: str | None = None) -> Tile:
+def tile_of(tokens: int, step: int, backend: str | None = None, dtype: torch.dtype = torch.bfloat16) -> Tile:
     """Return the tile for a number of tokens and of sixteens that are multiplied at a time; backends as for `tile_for`.
 
     Examples
@@ -45,21 +46,26 @@ def tile_of(tokens: int, step: int, backend: str | None = None) -> Tile:
     (True, 64, 32)
     """
     backend = backend or ("cuda" if torch.version.hip is None else "hip")
+    if dtype == torch.float32:
+        return tile_for(8 if tokens <= 8 else 32, backend)
     # A product of its own for every few inputs, or of 128 vectors, is more than the registers hold.
     if step < 8:
         return tile_for(min(tokens, 32), backend)
     return Tile(128, 64, 8, 3) if backend == "cuda" and tokens > 64 else tile_for(tokens, backend)
 
 
-def constants(bits: int, group: int, kind: str, dtype: torch.dtype, tile: Tile) -> dict[str, object]:
+def constants(
+    bits: int, group: int, kind: str, dtype: torch.dtype, tile: Tile, backend: str | None = None
+) -> dict[str, object]:
     """Return the kernel's constants but for those that say which operands it has."""
     middle = middle_of(bits, kind, dtype) + 2 ** (bits - 1) if kind == "integer" and bits < 8 else 0.0
     return {
         "BITS": bits,
-        "STEP": steps_of(bits, group),
+        "STEP": steps_of(bits, group, dtype),
         "GROUP": group,
         "KIND": kind,
         "MIDDLE": middle,
+        "PRECISION": precision_of(dtype, backend),
         "WIDE": interpreting(),
         "ROWS": tile.rows,
         "TOKENS": tile.tokens,
@@ -113,9 +119,9 @@ def launch(
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
     blocks = -(-features // block_of(bits))
-    cuts = cut(x, rows, blocks, tile or tile_of(tokens, steps_of(bits, group)), splits)
+    cuts = cut(x, rows, blocks, tile or tile_of(tokens, steps_of(bits, group, x.dtype), dtype=x.dtype), splits)
     fixed = constants(bits, group, kind, x.dtype, cuts.tile)
-    width = steps_of(bits, group) * 16
+    width = steps_of(bits, group, x.dtype) * 16
     sums = sums_of(x, width, blocks * block_of(bits) // width) if fixed["MIDDLE"] else x
     partial = cuts.partial(out)
     with on_device(x):

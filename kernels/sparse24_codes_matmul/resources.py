@@ -38,7 +38,7 @@ def _case(bits: int, group: int, kind: str, tokens: int, backend: str) -> Case:
         kernel="recast.kernels.sparse24_codes_matmul.triton:sparse24_codes_matmul_kernel",
         name=f"2:4 of {name}, {tokens} tokens",
         signature=types,
-        constants=constants(bits, 2 * group, kind, torch.bfloat16, tile)
+        constants=constants(bits, 2 * group, kind, torch.bfloat16, tile, backend)
         | {"WIDE": False, "HAS_SCALE": True, "HAS_BIAS": True},
         aligned=(*_POINTERS, "rows", "features", *(f"{name}_stride" for name in _STRIDES if name != "sums")),
         num_warps=tile.warps,

@@ -52,7 +52,7 @@ def sparse24_codes_matmul_kernel(
     tokens, rows, features, groups, blocks,
     x_stride, sums_stride, values_stride, places_stride, scale_stride, out_stride, split_stride, per_split,
     BITS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, MIDDLE: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS outputs and TOKENS vectors, over the inputs of one split.
@@ -72,6 +72,8 @@ def sparse24_codes_matmul_kernel(
         Sixteens of inputs after which sums are scaled; inputs of a group, 0 for all.
     KIND, MIDDLE
         "integer", "table" or "pairs"; what decoding adds to every number.
+    PRECISION
+        Of products of float32, as `tl.dot` names it.
     WIDE
         Multiply in float32, for the interpreter, which takes bfloat16 in `tl.dot` for integers.
     """
@@ -104,7 +106,7 @@ def sparse24_codes_matmul_kernel(
             if WIDE:
                 part = tl.dot(weight.to(tl.float32), vectors.to(tl.float32), input_precision="ieee")
             else:
-                part = tl.dot(weight, vectors)
+                part = tl.dot(weight, vectors, input_precision=PRECISION)
             at = block * STEPS + step
             if MIDDLE != 0:
                 part -= MIDDLE * tl.load(sums + at.to(tl.int64) * sums_stride + token, mask=token_mask, other=0.0)[None, :]  # fmt: skip
