@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class Resources:
         In all of the code.
     loop
         In the innermost loop that holds most of them, None where no loop was found.
+    multiplies
+        Whether it is meant to use the matrix unit.
     """
 
     registers: int
@@ -60,6 +62,7 @@ class Resources:
     instructions: int
     loop: int | None = None
     asm: str = field(default="", repr=False, compare=False)
+    multiplies: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """All but the code itself, JSON-able."""
@@ -73,7 +76,7 @@ class Resources:
         return (
             not self.spilled
             and self.shared <= self.shared_limit
-            and bool(self.matrix)
+            and (bool(self.matrix) or not self.multiplies)
             and max(self.loads, default=0) >= 16
         )
 
@@ -90,6 +93,8 @@ class Case:
         For tables.
     signature, constants, aligned, num_warps, num_stages
         As `compile_offline` takes them.
+    multiplies
+        Whether it uses the matrix unit; what only moves does not.
     weights
         Numbers of the streaming operand that a thread handles in one turn of the innermost loop, to count instructions by.
     """
@@ -102,6 +107,7 @@ class Case:
     num_warps: int
     num_stages: int
     weights: int = 0
+    multiplies: bool = True
 
 
 def cases(target: str) -> Iterator[Case]:
@@ -116,7 +122,7 @@ def cases(target: str) -> Iterator[Case]:
 def compile_case(case: Case, target: str) -> Resources:
     """Compile one configuration for a target."""
     module, _, function = case.kernel.partition(":")
-    return compile_offline(
+    found = compile_offline(
         getattr(importlib.import_module(module), function),
         case.signature,
         case.constants,
@@ -125,6 +131,7 @@ def compile_case(case: Case, target: str) -> Resources:
         num_warps=case.num_warps,
         num_stages=case.num_stages,
     )
+    return replace(found, multiplies=case.multiplies)
 
 
 def target_named(name: str) -> Any:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import platform
-import statistics
-import time
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import recast.kernels
-from recast.lowering.base import Runner, lowering_named
+from recast.lowering.base import lowering_named
 from recast.lowering.inline import structure_of
-from recast.passes.cache import cache_directory
+from recast.lowering.timing import medians, read_times, times_file, write_times
 from recast.passes.decided import Plan, Skip
 from recast.passes.forms.operator import Operator
 from recast.passes.module import OperatorModule
@@ -32,7 +27,6 @@ __all__ = ["SLACK", "Times", "refuse_slower", "time_operator"]
 
 # A form counts as slower from here on: less is within what two runs of the same code differ by.
 SLACK = 1.05
-_ROUNDS, _SAMPLE = 11, 2e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +77,8 @@ def time_operator(operator: Operator, target: str, tokens: Sequence[int], *, rem
     if not tokens or any(count < 1 for count in tokens):
         raise PlanError(f"tokens: {list(tokens)} names no numbers of vectors; 1 and 128, say, would do")
     file = _file(operator, target, tokens) if remember else None
-    if file is not None and file.is_file():
-        kept = json.loads(file.read_text(encoding="utf-8"))
+    kept = None if file is None else read_times(file)
+    if kept is not None:
         return Times(*({int(count): seconds for count, seconds in kept[name].items()} for name in ("dense", "form")))
     m, n = operator.shape
     device = next(iter(operator.tensors().values())).device
@@ -94,13 +88,11 @@ def time_operator(operator: Operator, target: str, tokens: Sequence[int], *, rem
     found = Times({}, {})
     for count in tokens:
         x = torch.randn(count, n, dtype=operator.dtype, device=device)
-        for seconds, median in zip((found.dense, found.form), _medians(runs, x), strict=True):
+        turns = [functools.partial(run, [x]) for run in runs]
+        for seconds, median in zip((found.dense, found.form), medians(turns, device), strict=True):
             seconds[count] = median  # type: ignore[index]  # filled here, read elsewhere
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".new")
-        unfinished.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
-        unfinished.replace(file)
+        write_times(file, dataclasses.asdict(found))
     return found
 
 
@@ -155,41 +147,8 @@ def _instead(dense: Program, operator: Operator) -> Program:
     return result
 
 
-def _medians(runs: Sequence[Runner], x: Tensor) -> list[float]:
-    """Median seconds of each, taking turns, each sample long enough for the clock."""
-
-    def seconds(run: Runner, times: int) -> float:
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
-        start = time.perf_counter()
-        for _ in range(times):
-            run([x])
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
-        return (time.perf_counter() - start) / times
-
-    for run in runs:
-        seconds(run, 3)  # compiles
-    times = [max(1, round(_SAMPLE / max(seconds(run, 2), 1e-7))) for run in runs]
-    samples = [[seconds(run, count) for run, count in zip(runs, times, strict=True)] for _ in range(_ROUNDS)]
-    return [statistics.median(column) for column in zip(*samples, strict=True)]
-
-
 def _file(operator: Operator, target: str, tokens: Sequence[int]) -> Path | None:
     """Where times of such an operator are kept on this machine."""
-    folder = cache_directory()
-    if folder is None:
-        return None
     tensors = [(name, tuple(t.shape), str(t.dtype), str(t.device)) for name, t in sorted(operator.tensors().items())]
     device = next(iter(operator.tensors().values())).device
-    machine: list[Any] = [platform.node(), platform.processor(), torch.__version__, torch.get_num_threads()]
-    if device.type == "cuda":
-        machine += [torch.cuda.get_device_name(device), torch.version.cuda]
-    about = [target, sorted(tokens), repr(structure_of(operator)), tensors, machine, _source()]
-    return folder / "times" / f"{hashlib.sha256(repr(about).encode()).hexdigest()}.json"
-
-
-def _source() -> str:
-    """Of the kernels: other code, other times."""
-    files = sorted(Path(next(iter(recast.kernels.__path__))).rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return times_file(device, target, sorted(tokens), repr(structure_of(operator)), tensors)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 import re
 import sys
 import threading
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from recast.kernels.kept import cache_directory
 from recast.passes.errors_of import measured_errors, predicted_errors
 from recast.passes.forms.form import Form, NamedForm
 from recast.passes.forms.operator import Operator, below, common_tensors
@@ -45,16 +45,6 @@ def _source(kind: type[NamedForm]) -> str:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else uuid.uuid4().hex
     except OSError:
         return uuid.uuid4().hex  # a class of a notebook, say: known as long as this process runs
-
-
-def cache_directory() -> Path | None:
-    """Where fitted operators are kept: ``$RECAST_CACHE``, else ``~/.cache/recast``; None if it is set to ``off``."""
-    asked = os.environ.get("RECAST_CACHE", "")
-    if asked.lower() in ("off", "0", "none"):
-        return None
-    if asked:
-        return Path(asked)
-    return Path(os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache") / "recast"
 
 
 @dataclasses.dataclass(frozen=True)

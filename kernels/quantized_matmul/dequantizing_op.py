@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recast.kernels.quantized_matmul.lanes import from_lanes
-from recast.kernels.quantized_matmul.launch import launch
+from recast.kernels.quantized_matmul.launch import launch, write_out
 from recast.kernels.tiles import interpreting
 
 __all__ = ["dequantizing_matmul", "written_out"]
@@ -74,6 +74,7 @@ def dequantizing_matmul(
     bits: int,
     group: int,
     kind: str,
+    few: int,
 ) -> Tensor:
     """Multiply vectors by a weight of packed codes, ``x Wᵀ + (x rightᵀ) leftᵀ + bias``.
 
@@ -95,6 +96,9 @@ def dequantizing_matmul(
     bits, group, kind
         2, 3, 4 or 8; inputs in a group, a multiple of 16, 0 for all of a row; "integer", "table" or, for eight bits, "float"
         (e4m3).
+    few
+        The most vectors for which codes are decoded on their way to the matrix units; more than that are multiplied with the
+        weight written out, by the matrix library. 0 or less: always decoded.
 
     Returns
     -------
@@ -107,7 +111,7 @@ def dequantizing_matmul(
     >>> words, _ = to_lanes(codes, 4)
     >>> scale = torch.tensor([[1.0, 2.0]])
     >>> x = torch.tensor([[3.0, 1.0]])
-    >>> dequantizing_matmul(x, words, None, scale, None, None, None, None, None, None, 4, 0, "integer").tolist()
+    >>> dequantizing_matmul(x, words, None, scale, None, None, None, None, None, None, 4, 0, "integer", 0).tolist()
     [[2.0, 14.0]]
     """
     flat = x.reshape(-1, x.shape[-1])
@@ -115,10 +119,15 @@ def dequantizing_matmul(
         inner = None if right is None else torch.nn.functional.linear(flat, right.to(x.dtype))
         near = None if left is None else left.to(x.dtype).contiguous()
         paired = pairs is not None and table is not None and table.dtype == x.dtype
-        y = launch(
-            flat, values, high_values, scale, zero, pairs if paired else table, bias, near, inner,
-            bits=bits, group=group, kind="pairs" if paired else kind,
-        )  # fmt: skip
+        operands = values, high_values, scale, zero, pairs if paired else table
+        coded: dict[str, Any] = {"bits": bits, "group": group, "kind": "pairs" if paired else kind}
+        if few <= 0 or flat.shape[0] <= few:
+            y = launch(flat, *operands, bias, near, inner, **coded)
+        else:
+            weight = write_out(*operands, **coded, features=x.shape[-1], dtype=x.dtype)
+            y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
+            if near is not None and inner is not None:
+                y = torch.addmm(y, inner, near.T)
     else:
         weight = written_out(
             values, high_values, scale, zero, table,
@@ -142,7 +151,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, values, high_values, scale, zero, table, _, bias, left, right = ctx.saved_tensors
-    bits, group, kind = ctx.settings
+    bits, group, kind, _ = ctx.settings
     flat, back = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
     to_x = to_bias = to_left = to_right = None
     if ctx.needs_input_grad[0]:
@@ -160,7 +169,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         to_left = (back.T @ (flat @ right.to(x.dtype).T)).to(left.dtype)
     if right is not None and ctx.needs_input_grad[9]:
         to_right = ((back @ left.to(x.dtype)).T @ flat).to(right.dtype)
-    return (to_x, None, None, None, None, None, None, to_bias, to_left, to_right, None, None, None)
+    return (to_x, None, None, None, None, None, None, to_bias, to_left, to_right, None, None, None, None)
 
 
 dequantizing_matmul.register_autograd(_gradients, setup_context=_keep)

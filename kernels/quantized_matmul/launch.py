@@ -11,10 +11,22 @@ import torch
 from torch import Tensor
 
 from recast.kernels.quantized_matmul.lanes import block_of
-from recast.kernels.tiles import Tile, cut, interpreting, on_device
+from recast.kernels.tiles import Tile, cut, interpreting, on_device, precision_of
 
-__all__ = ["KINDS", "add_up", "constants", "launch", "middle_of", "pairs_of", "steps_of", "sums_of"]
+__all__ = [
+    "KINDS",
+    "WRITTEN_OUT",
+    "add_up",
+    "constants",
+    "launch",
+    "middle_of",
+    "pairs_of",
+    "steps_of",
+    "sums_of",
+    "write_out",
+]
 
+WRITTEN_OUT = Tile(64, 16, 4)  # rows and warps of a block that writes out
 KINDS = ("integer", "table", "pairs", "float")
 
 
@@ -77,6 +89,7 @@ def constants(bits: int, group: int, kind: str, dtype: torch.dtype, tile: Tile, 
         "HAS_MIDDLE": zeros,
         "MIDDLE": middle,
         "WIDE": interpreting(),
+        "PRECISION": precision_of(dtype),
         "ROWS": tile.rows,
         "TOKENS": tile.tokens,
         "WARPS": tile.warps,
@@ -153,6 +166,41 @@ def launch(
             num_warps=cuts.tile.warps, num_stages=cuts.tile.stages, **fixed,
         )  # fmt: skip
         return add_up(partial, out)
+
+
+def write_out(
+    values: Tensor,
+    high_values: Tensor | None,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    table: Tensor | None,
+    *,
+    bits: int,
+    group: int,
+    kind: str,
+    features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Write a weight in lane order out: (m, features) in `dtype`. Parameters as in `launch`; for many vectors, which use it often."""
+    from recast.kernels.quantized_matmul.triton import write_out_kernel
+
+    rows = values.shape[0]
+    out = values.new_empty((rows, features), dtype=dtype)
+    if not out.numel():
+        return out
+    blocks, tile = -(-features // block_of(bits)), WRITTEN_OUT
+    fixed = constants(bits, group, kind, dtype, tile, zeros=zero is not None)
+    for name in ("WIDE", "PRECISION", "TOKENS"):
+        del fixed[name]
+    middle = None if zero is None else zero.to(torch.float32) + middle_of(bits, kind, dtype)
+    with on_device(values):
+        write_out_kernel[(-(-rows // tile.rows), blocks)](
+            values, _or(high_values, values), _or(scale, values), _or(middle, values), _or(table, values), out,
+            rows, features, 1 if scale is None else scale.shape[0],
+            values.stride(0), 0 if high_values is None else high_values.stride(0), rows, out.stride(0),
+            HAS_SCALE=scale is not None, num_warps=tile.warps, **fixed,
+        )  # fmt: skip
+    return out
 
 
 def add_up(partial: Tensor, out: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from recast.kernels.offline import TARGETS, Case
-from recast.kernels.quantized_matmul.launch import constants
+from recast.kernels.quantized_matmul.launch import WRITTEN_OUT, constants
 from recast.kernels.tiles import TILES, Tile
 
 __all__ = ["cases"]
@@ -38,6 +38,37 @@ def cases(target: str) -> Iterator[Case]:
             yield _case(*code, one)
     yield _case(4, 128, "integer", one, zeros=True)
     yield _case(4, 128, "integer", one, rank=64)
+    for code in CODES:
+        if code[2] != "float" or target != "sm_80":
+            yield _written_out(*code)
+
+
+def _written_out(bits: int, group: int, kind: str) -> Case:
+    tile = WRITTEN_OUT
+    types = dict.fromkeys(("values", "high_values", "table"), "*i32") | {
+        "scale": "*fp32",
+        "middle": "*fp32",
+        "out": "*bf16",
+    }
+    aligned = (*types, "rows", "features", "values_stride", "high_stride", "scale_stride", "out_stride")
+    sizes = ("rows", "features", "groups", "values_stride", "high_stride", "scale_stride", "out_stride")
+    fixed = constants(bits, group, kind, torch.bfloat16, tile, zeros=False)
+    for name in ("WIDE", "PRECISION", "TOKENS"):
+        del fixed[name]
+    return Case(
+        kernel="recast.kernels.quantized_matmul.triton:write_out_kernel",
+        name=f"{_said(bits, group, kind)}, written out",
+        signature=types | dict.fromkeys(sizes, "i32"),
+        constants=fixed | {"HAS_SCALE": True},
+        aligned=aligned,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        multiplies=False,
+    )
+
+
+def _said(bits: int, group: int, kind: str) -> str:
+    return {"pairs": f"nf{bits}", "float": "fp8"}.get(kind, f"int{bits}") + f" g{group}" * bool(group)
 
 
 def _case(bits: int, group: int, kind: str, tile: Tile, *, zeros: bool = False, rank: int = 0) -> Case:
@@ -46,8 +77,7 @@ def _case(bits: int, group: int, kind: str, tile: Tile, *, zeros: bool = False, 
     types |= dict.fromkeys(_SIZES, "i32") | {f"{name}_stride": "i32" for name in _STRIDES} | {"split_stride": "i64"}
     fixed = constants(bits, group, kind, torch.bfloat16, tile, zeros=zeros) | {"WIDE": False}
     aligned = (*_POINTERS, "rows", "features", "rank", *(f"{name}_stride" for name in _STRIDES if name != "sums"))
-    name = {"pairs": f"nf{bits}", "float": "fp8"}.get(kind, f"int{bits}")
-    name += f" g{group}" * bool(group) + " zeros" * zeros + f" + rank {rank}" * bool(rank)
+    name = _said(bits, group, kind) + " zeros" * zeros + f" + rank {rank}" * bool(rank)
     return Case(
         kernel="recast.kernels.quantized_matmul.triton:dequantizing_matmul_kernel",
         name=f"{name}, {tile.tokens} tokens",

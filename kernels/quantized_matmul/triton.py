@@ -23,6 +23,7 @@ __all__ = [
     "one_of_words",
     "store_tile",
     "sum_splits_kernel",
+    "write_out_kernel",
 ]
 
 
@@ -153,7 +154,7 @@ def dequantizing_matmul_kernel(
     per_split,
     BITS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_MIDDLE: tl.constexpr, MIDDLE: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS outputs and TOKENS vectors, over the inputs of one split.
 
@@ -177,6 +178,8 @@ def dequantizing_matmul_kernel(
         "integer", "table", "pairs" or "float"; what is taken where `middle` is not given.
     WIDE
         Multiply in float32, for the interpreter, which takes bfloat16 in `tl.dot` for integers.
+    PRECISION
+        Of products of float32, see `tiles.precision_of`.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     row_tile, token_tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -200,7 +203,7 @@ def dequantizing_matmul_kernel(
             if WIDE:
                 part = tl.dot(weight.to(tl.float32), vectors.to(tl.float32), input_precision="ieee")
             else:
-                part = tl.dot(weight, vectors)
+                part = tl.dot(weight, vectors, input_precision=PRECISION)
             at = block * (DOTS // STEP) + step
             where = row
             if GROUP > 0:  # the last block may go beyond the last group
@@ -230,11 +233,44 @@ def dequantizing_matmul_kernel(
                 if WIDE:
                     total = tl.dot(near.to(tl.float32), far.to(tl.float32), total, input_precision="ieee")
                 else:
-                    total = tl.dot(near, far, total)
+                    total = tl.dot(near, far, total, input_precision=PRECISION)
     if HAS_BIAS:
         if split == 0:
             total += tl.load(bias + row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
     store_tile(out + split.to(tl.int64) * split_stride, total, row, row_mask, token, token_mask, out_stride)
+
+
+@triton.jit
+def write_out_kernel(
+    values, high_values, scale, middle, table, out,
+    rows, features, groups, values_stride, high_stride, scale_stride, out_stride,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_MIDDLE: tl.constexpr, MIDDLE: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Write one block of ROWS rows out in the dtype of `out` (rows, features); parameters as above."""
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    row_tile, block = tl.program_id(0), tl.program_id(1)
+    row = (row_tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row_mask = row < rows
+    words = lane_words(values, row_tile * ROWS, rows, values_stride, block * 16, 4, ROWS, WARPS)
+    high_words = words
+    if BITS == 3:
+        high_words = lane_words(high_values, row_tile * ROWS, rows, high_stride, block * 8, 2, ROWS, WARPS)
+    for step in tl.static_range(BLOCK // 16 // STEP):
+        weight = _weight(words, high_words, table, step * STEP, STEP, BITS, KIND, ROWS, DTYPE).to(tl.float32)
+        column = block * BLOCK + step * STEP * 16 + tl.arange(0, STEP * 16)
+        where = row
+        if GROUP > 0:
+            at = block * (BLOCK // 16 // STEP) + step
+            where += tl.minimum((at * STEP * 16) // GROUP, groups - 1) * scale_stride
+        if HAS_MIDDLE:
+            weight -= tl.load(middle + where, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        else:
+            weight -= MIDDLE
+        if HAS_SCALE:
+            weight *= tl.load(scale + where, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        there = out + row[:, None] * out_stride + column[None, :]
+        tl.store(there, weight.to(DTYPE), mask=row_mask[:, None] & (column < features)[None, :])
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 
 from recast.lowering.base import Lowering, Runner
 from recast.lowering.inductor.compile import compile_program
-from recast.lowering.inductor.kernels import choose, choose_frozen
+from recast.lowering.inductor.kernels import choice
 from recast.lowering.inline import Choose, inline_operators
 from recast.patterns.program import Program
 
@@ -25,17 +25,19 @@ class Inductor(Lowering):
         so nothing else may change them.
     options
         Further Inductor options.
+    keep_dense
+        On a CPU: keep weights that are packed written out as well, for many tokens. Takes the memory of dense weights, and saves
+        writing them out at each call.
     """
 
     name: ClassVar[str] = "inductor"
     summary: ClassVar[str] = "torch.compile with Inductor (CPU and CUDA)"
     compiles: ClassVar[bool] = True
-    # Choice of kernels, as weights are inputs of what is compiled or constants of it.
-    choose = staticmethod(choose)
-    choose_frozen = staticmethod(choose_frozen)
 
-    def __init__(self, freezing: bool = True, options: dict[str, Any] | None = None) -> None:
-        self.freezing, self.options = freezing, dict(options or {})
+    def __init__(
+        self, freezing: bool = True, options: dict[str, Any] | None = None, *, keep_dense: bool = False
+    ) -> None:
+        self.freezing, self.options, self.keep_dense = freezing, dict(options or {}), keep_dense
         self._kernels: dict[str, str] = {}
 
     def prepare(self, program: Program) -> Runner:
@@ -54,8 +56,8 @@ class Inductor(Lowering):
         return dict(self._kernels or inline_operators(program, self._choice())[1])
 
     def _choice(self) -> Choose:
-        return self.choose_frozen if self.freezing else self.choose
+        return choice(frozen=self.freezing, keep_dense=self.keep_dense)
 
     def extra(self) -> dict[str, Any]:
         """Options, as they were."""
-        return {"freezing": self.freezing, "options": self.options}
+        return {"freezing": self.freezing, "options": self.options, "keep_dense": self.keep_dense}

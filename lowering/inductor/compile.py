@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from recast.lowering.inductor.kernels import INTEGER, choose
+from recast.lowering.inductor.kernels import INTEGER, choice
 from recast.lowering.inline import inline_operators
 from recast.patterns.program import Program, with_code
 
@@ -77,7 +77,7 @@ def compile_graph(
     _import_inductor()
     from torch._inductor.compile_fx import compile_fx
 
-    inlined, kernels = inline_operators(program, choose)
+    inlined, kernels = inline_operators(program, choice(frozen=False))
     settings = _settings(kernels, freezing, options)
     compiled: Any = compile_fx(inlined.module, list(inputs), config_patches=settings or None)
     return compiled, kernels

@@ -1,13 +1,15 @@
 """Which kernel runs which operator under Inductor.
 
 On a CPU the int8 product goes to oneDNN (`recast::int8_matmul`), with rounding and scaling around it left to Inductor, which
-fuses them with their neighbours. Everything else is plain ATen. With freezing, Inductor would fold the unpacking of weights
-into constants laid out for oneDNN; they are unpacked here instead, which gives the same and spares it the tracing and compiling.
-So weight-only forms run at the speed of dense ones and save bytes on disk only.
+fuses them with their neighbours. Weights whose activations stay as they are keep packed (`recast::weight_only_matmul`): decoded
+in registers for few vectors, written out a slab at a time for many, from the number on at which that is measured to be faster.
+Everything else is plain ATen. Where no C compiler is to be had and weights are constants (freezing), they are unpacked once:
+Inductor would fold unpacking into constants laid out for oneDNN, which gives the same and takes it time to trace and compile.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from recast.kernels.quantized_matmul.ops import int8_matmul, largest_exact_code
 from recast.kernels.quantized_matmul.reference import quantize_tokens
+from recast.lowering.inductor.weight_only import weight_only
+from recast.lowering.inline import Choose
 from recast.lowering.packed import Packed, chooser, plain
 from recast.passes.forms.codebook import Codebook
 from recast.passes.forms.column_sparse import ColumnSparse
@@ -22,7 +26,7 @@ from recast.passes.forms.operator import Operator
 from recast.passes.forms.quantized import Quantized
 from recast.passes.forms.sparse import Sparse
 
-__all__ = ["INTEGER", "choose", "choose_frozen"]
+__all__ = ["INTEGER", "choice"]
 
 INTEGER = "onednn int8"
 SATURATES = "aten, rounded in float: this CPU's int8 product would saturate"
@@ -34,11 +38,13 @@ def _linear(held: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, held["weight"].to(x.dtype))
 
 
-def _leaf(operator: Operator) -> Packed | None:
+def _leaf(operator: Operator, keep_dense: bool = False) -> Packed | None:
     if isinstance(operator, Sparse) and not isinstance(operator, ColumnSparse):
         # What Inductor would fold unpacking into, without the time to compile it.
         return Packed(operator, WRITTEN_OUT, {"weight": operator.to_dense().contiguous()}, _linear)
-    if not isinstance(operator, Quantized) or not operator.activations:
+    if isinstance(operator, Quantized | Codebook) and not getattr(operator, "activations", False):
+        return weight_only(operator, keep_dense=keep_dense)
+    if not isinstance(operator, Quantized):
         return None
     simple = operator.symmetric and operator.scale.shape[1] == 1
     if not simple or int(operator.values.to(torch.int32).abs().max()) > largest_exact_code():
@@ -62,13 +68,17 @@ def _leaf(operator: Operator) -> Packed | None:
     return Packed(operator, INTEGER, held, run)
 
 
-def _frozen_leaf(operator: Operator) -> Packed | None:
+def _frozen_leaf(operator: Operator, keep_dense: bool = False) -> Packed | None:
     """For weights that are constants of what is compiled."""
+    found = _leaf(operator, keep_dense)
+    if found is not None:
+        return found
     stored = isinstance(operator, Codebook) or (isinstance(operator, Quantized) and not operator.activations)
     if stored and all(tensor.device.type == "cpu" for tensor in operator.tensors().values()):
         return Packed(operator, UNPACKED, {"weight": operator.to_dense().contiguous()}, _linear)
-    return _leaf(operator)
+    return None
 
 
-choose = chooser(_leaf, "aten")
-choose_frozen = chooser(_frozen_leaf, "aten")
+def choice(*, frozen: bool, keep_dense: bool = False) -> Choose:
+    """Choice of kernels where weights are constants of what is compiled (`frozen`), or inputs of it."""
+    return chooser(functools.partial(_frozen_leaf if frozen else _leaf, keep_dense=keep_dense), "aten")

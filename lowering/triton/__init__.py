@@ -10,6 +10,7 @@ import torch
 from recast.kernels.tiles import interpreting
 from recast.lowering.base import Runner
 from recast.lowering.inductor import Inductor
+from recast.lowering.inline import Choose
 from recast.lowering.triton.kernels import choose
 from recast.patterns.errors import TargetError
 from recast.patterns.program import Program
@@ -26,13 +27,13 @@ class Triton(Inductor):
     name: ClassVar[str] = "triton"
     summary: ClassVar[str] = "Inductor with recast's Triton kernels (CUDA; ROCm compiles, untried)"
 
-    choose = staticmethod(choose)
-    choose_frozen = staticmethod(choose)
-
     def prepare(self, program: Program) -> Runner:
         """As `Inductor.prepare`; raises TargetError where nothing could run the kernels."""
         self.installed()
         return super().prepare(program)
+
+    def _choice(self) -> Choose:
+        return choose
 
     @classmethod
     def installed(cls) -> None:

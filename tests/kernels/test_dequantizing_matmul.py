@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recast.kernels.quantized_matmul.dequantizing_op import dequantizing_matmul, written_out
 from recast.kernels.quantized_matmul.lanes import block_of, from_lanes, to_lanes
-from recast.kernels.quantized_matmul.launch import launch, pairs_of, steps_of
+from recast.kernels.quantized_matmul.launch import launch, pairs_of, steps_of, write_out
 from recast.kernels.tiles import Tile
 from tests.helpers import assert_close
 
@@ -169,15 +169,38 @@ def test_groups_that_are_no_sixteens_are_refused() -> None:
         steps_of(4, 60)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["integer", "zeros", "table", "pairs", "float"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_weight_written_out(bits: int, kind: str, dtype: torch.dtype) -> None:
+    if (kind == "float" and bits < 8) or (kind == "pairs" and (bits == 8 or dtype == torch.float32)):
+        pytest.skip("there is no such code")
+    for m, n, group in ((1, 16, 0), (33, 63, 32), (70, 300, 128), (5, 577, 0)):
+        zeros = kind == "zeros"
+        form = {"zeros": "integer", "pairs": "table"}.get(kind, kind)
+        held = weights(m, n, bits, group, zeros=zeros, kind=form)
+        if held["table"] is not None:
+            held["table"] = held["table"].to(dtype)
+        wanted = meant(torch.eye(n, device=DEVICE), held, bits, group, form).T
+        operands = list(held.values())
+        if kind == "pairs":
+            assert held["table"] is not None
+            operands[-1] = pairs_of(held["table"])
+        said = "pairs" if kind == "pairs" else form
+        found = write_out(*operands, bits=bits, group=group, kind=said, features=n, dtype=dtype)
+        assert_close(found, wanted, terms=2)
+
+
+@pytest.mark.parametrize("few", [0, 1])
 @pytest.mark.parametrize("tokens", [(0,), (1,), (2, 3)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_operation(tokens: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_operation(tokens: tuple[int, ...], dtype: torch.dtype, few: int) -> None:
     m, n, rank = 33, 63, 4
     x = torch.randn(*tokens, n, dtype=dtype, device=DEVICE)
     held = weights(m, n, 4, 32, zeros=True)
     left, right = torch.randn(m, rank, dtype=dtype, device=DEVICE), torch.randn(rank, n, dtype=dtype, device=DEVICE)
     bias = torch.randn(m, dtype=dtype, device=DEVICE)
-    y = dequantizing_matmul(x, *held.values(), None, bias, left, right, 4, 32, "integer")
+    y = dequantizing_matmul(x, *held.values(), None, bias, left, right, 4, 32, "integer", few)
     assert y.shape == (*tokens, m)
     flat = x.reshape(-1, n)
     expected = meant(flat, held, 4, 32, "integer") + flat.double() @ right.double().T @ left.double().T + bias.double()
@@ -191,8 +214,8 @@ def test_operation_for_compilers_and_its_gradients() -> None:
     fixed = [None if t is None else t.cpu() for t in held.values()]
 
     def run(x: Tensor, bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return dequantizing_matmul(x, *fixed, None, bias, left, right, 4, 16, "integer")
+        return dequantizing_matmul(x, *fixed, None, bias, left, right, 4, 16, "integer", 0)
 
     assert torch.autograd.gradcheck(run, tuple(operands.values()))
     x, bias, left, right = operands.values()
-    torch.library.opcheck(dequantizing_matmul, (x, *fixed, None, bias, left, right, 4, 16, "integer"))
+    torch.library.opcheck(dequantizing_matmul, (x, *fixed, None, bias, left, right, 4, 16, "integer", 0))

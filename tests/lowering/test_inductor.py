@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import recast
 from recast.kernels.quantized_matmul.ops import int8_matmul, largest_exact_code
+from recast.lowering.inductor.weight_only import PACKED
 from recast.passes.report import fidelity
 from tests.helpers import assert_close
 
@@ -37,8 +38,8 @@ def test_compiled_equals_eager_and_loads_bit_identical(program: recast.Program, 
     artifact = recast.lower(rewritten, "inductor")
     assert [row.kernel for row in artifact.report.rows] == [
         "onednn int8",
-        "aten (unpacked once)",
-        "aten (unpacked once) + aten",
+        PACKED,
+        "aten (unpacked once) + aten",  # groups of 16: blocks hold 32 inputs
     ]
     with torch.no_grad():
         for tokens in (5, 1, 17):
@@ -50,6 +51,40 @@ def test_compiled_equals_eager_and_loads_bit_identical(program: recast.Program, 
     x = torch.randn(3, 5, 63)
     torch._dynamo.reset()
     assert torch.equal(recast.lower(rewritten, "inductor")(x), again(x))
+
+
+class Beside(nn.Module):
+    """Several linears of the same x."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.each = nn.ModuleList([nn.Linear(96, 33, bias=i % 2 == 0) for i in range(count)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [linear(x) for linear in self.each]
+
+
+KEPT_PACKED = [
+    "int8", "int4(group=32)", "int4(group=32, symmetric=false)", "int3", "int2(group=64)", "nf4(group=32)",
+    "nf4(group=32, double=true)", "fp8", "fp4(group=32)", "kmeans(bits=4)", "int4(group=32) + low_rank(rank=3)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_weights_stay_packed(keep_dense: bool, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    program = recast.capture(Beside(len(KEPT_PACKED)).eval(), (torch.randn(4, 5, 96),))
+    rules = [{"match": f"each.{i}", "form": text} for i, text in enumerate(KEPT_PACKED)]
+    rewritten = recast.rewrite(program, recast.plan(program, {"rules": rules, "allow_larger": True}))
+    eager = recast.lower(rewritten, "eager")
+    artifact = recast.lower(rewritten, "inductor", keep_dense=keep_dense)
+    assert {row.kernel for row in artifact.report.rows} == {PACKED, f"{PACKED} + aten"}
+    for tokens in (1, 2, 300):  # decoded in registers, and written out
+        x = torch.randn(1, tokens, 96)
+        for found, wanted in zip(artifact(x), eager(x), strict=True):
+            assert_close(found, wanted.double(), terms=96)
+    artifact.save(tmp_path / "saved")
+    assert recast.load(tmp_path / "saved").report.rows == artifact.report.rows
 
 
 @pytest.mark.parametrize(("tokens", "n", "m"), [(1, 7, 3), (5, 63, 60), (33, 577, 64), (0, 8, 8)])

@@ -12,9 +12,11 @@ import recast
 from recast.lowering.triton.serving.armor import ARMOR
 from recast.lowering.triton.serving.blocks import BLOCKS
 from recast.lowering.triton.serving.dequantizing import DEQUANTIZING, WITH_LOW_RANK
+from recast.lowering.triton.serving.eight_bit import FLOATS, INTEGERS
 from recast.lowering.triton.serving.low_rank import LOW_RANK
 from recast.lowering.triton.serving.sparse24 import SPARSE24
 from recast.lowering.triton.serving.sparse24_codes import SPARSE24_CODES
+from recast.passes.report import fidelity
 from recast.patterns.errors import TargetError
 from tests.helpers import assert_close
 
@@ -29,7 +31,10 @@ FORMS = {
     "low_rank(rank=20) | int4(group=16)": DEQUANTIZING,
     "low_rank(rank=20)": LOW_RANK,
     "int4(group=20)": "aten (groups of 20 are no multiple of 16)",
-    "int8(activations=true)": "aten (rounded activations: no kernel yet)",
+    "int8(activations=true)": INTEGERS,
+    "int8(activations=true, per_token=false)": INTEGERS,
+    "fp8(activations=true)": FLOATS,
+    "fp8(group=16, activations=true)": DEQUANTIZING,
 }
 
 
@@ -39,10 +44,23 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     recipe = {"rules": [{"match": "0", "form": "int4(group=16)"}, {"match": "2", "form": "int8(activations=true)"}]}
     artifact = recast.lower(recast.rewrite(program, recast.plan(program, recipe)), "triton")
     kernels = {row.name: row.kernel for row in artifact.report.rows}
-    assert kernels == {"0": DEQUANTIZING, "2": "aten (rounded activations: no kernel yet)"}
+    assert kernels == {"0": DEQUANTIZING, "2": INTEGERS}
     artifact.save(tmp_path / "saved")
     x = torch.randn(5, 60, device=DEVICE)
     assert torch.equal(recast.load(tmp_path / "saved")(x), artifact(x))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if "activations" in form])
+def test_numbers_of_rounded_inputs(form: str) -> None:
+    model = nn.Linear(60, 33).eval().to(DEVICE)
+    program = recast.capture(model, (torch.randn(4, 60, device=DEVICE),))
+    rewritten = recast.rewrite(program, recast.plan(program, {"default": form, "allow_larger": True}))
+    artifact = recast.lower(rewritten, "triton")
+    assert [row.kernel for row in artifact.report.rows] == [FORMS[form]]
+    for tokens in (1, 7):
+        x = torch.randn(tokens, 60, device=DEVICE)
+        # A rounding tie may fall either way: one step of one activation, a 255th of its range or an eighth of itself.
+        assert fidelity(rewritten(x), artifact(x))["relative_error"] < (1e-3 if "int8" in form else 5e-3)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if "activations" not in form])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from recast.kernels.quantized_matmul.lanes import to_lanes
 from recast.kernels.quantized_matmul.launch import pairs_of
 from recast.kernels.quantized_matmul.reference import unpack_codes
 from recast.lowering.packed import Packed, plain
+from recast.lowering.timing import most_tokens
 from recast.passes.forms.algebra import Product, Sum
 from recast.passes.forms.codebook import Codebook
 from recast.passes.forms.operator import Dense, Operator
@@ -29,7 +31,7 @@ def serve(operator: Operator) -> Packed | None:
     """Lay out codes, or a sum of codes and a product of two dense factors; None for anything else."""
     if isinstance(operator, Sum):
         return _with_low_rank(operator)
-    if not isinstance(operator, Quantized | Codebook):
+    if not isinstance(operator, Quantized | Codebook) or getattr(operator, "activations", False):
         return None
     reason = _refused(operator)
     return _dequantizing(operator) if reason is None else plain(operator, f"aten ({reason})")
@@ -51,10 +53,11 @@ def _refused(operator: Quantized | Codebook) -> str | None:
 
 def _dequantizing(operator: Quantized | Codebook) -> Packed:
     held, bits, group, kind = _held(operator)
+    few = _few(held, operator.dtype, operator.shape[1], bits, group, kind)
 
     def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         parts = (tensors.get(name) for name in ("high_values", "scale", "zero", "table", "pairs"))
-        y: Tensor = dequantizing_matmul(x, tensors["values"], *parts, None, None, None, bits, group, kind)
+        y: Tensor = dequantizing_matmul(x, tensors["values"], *parts, None, None, None, bits, group, kind, few)
         return y
 
     return Packed(operator, DEQUANTIZING, held, run)
@@ -70,12 +73,13 @@ def _with_low_rank(operator: Sum) -> Packed | None:
     if not isinstance(left, Dense) or not isinstance(right, Dense):
         return None
     held, bits, group, kind = _held(codes[0])
+    few = _few(held, operator.dtype, operator.shape[1], bits, group, kind)
     held = {**held, "left": left.to_dense().contiguous(), "right": right.to_dense().contiguous()}
 
     def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         parts = (tensors.get(name) for name in ("high_values", "scale", "zero", "table", "pairs"))
         factors = tensors["left"], tensors["right"]
-        y: Tensor = dequantizing_matmul(x, tensors["values"], *parts, None, *factors, bits, group, kind)
+        y: Tensor = dequantizing_matmul(x, tensors["values"], *parts, None, *factors, bits, group, kind, few)
         return y
 
     return Packed(operator, WITH_LOW_RANK, held, run)
@@ -132,3 +136,24 @@ def codes_of(operator: Quantized | Codebook) -> Codes:
     codes = operator.values.to(torch.int16) + 128 if bits == 8 else unpack_codes(operator.values, bits, n)
     zero = None if operator.zero is None else operator.zero.T.to(torch.bfloat16).contiguous()
     return Codes(codes, group, "integer", operator.scale.T.contiguous(), zero, None, None)
+
+
+def _few(held: Mapping[str, Tensor], dtype: torch.dtype, features: int, bits: int, group: int, kind: str) -> int:
+    """The most tokens for which decoding in the product is faster than writing the weight out first; 0, always, without a GPU."""
+    values = held["values"]
+    if values.device.type != "cuda":
+        return 0
+    parts = [held.get(name) for name in ("high_values", "scale", "zero", "table", "pairs")]
+
+    def ways(tokens: int) -> tuple[Callable[[], object], Callable[[], object]]:
+        x = torch.randn(tokens, features, dtype=dtype, device=values.device)
+
+        def multiply(few: int) -> Tensor:
+            y: Tensor = dequantizing_matmul(x, values, *parts, None, None, None, bits, group, kind, few)
+            return y
+
+        return functools.partial(multiply, tokens), functools.partial(multiply, 1)
+
+    about = "dequantizing", bits, group, kind, str(dtype), features, values.shape[0], *sorted(held)
+    # Below 64 tokens the product itself is bound by memory: writing out moves five times the bytes.
+    return most_tokens(ways, values.device, *about, among=(64, 128, 256, 512, 1024, 2048, 4096)) or 32

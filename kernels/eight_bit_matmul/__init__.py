@@ -1,0 +1,1 @@
+"""Products in which both sides have eight bits."""
