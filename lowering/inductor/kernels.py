@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from recast.kernels.quantized_matmul.ops import int8_matmul, largest_exact_code
-from recast.kernels.quantized_matmul.reference import quantize_tokens
+from recast.lowering.dynamic_int8 import dynamic_int8
 from recast.lowering.inductor.weight_only import weight_only
 from recast.lowering.inline import Choose
 from recast.lowering.packed import Packed, chooser, plain
@@ -49,23 +49,7 @@ def _leaf(operator: Operator, keep_dense: bool = False) -> Packed | None:
     simple = operator.symmetric and operator.scale.shape[1] == 1
     if not simple or int(operator.values.to(torch.int32).abs().max()) > largest_exact_code():
         return plain(operator, SATURATES)
-    per_token, scale = operator.per_token, operator.by_row().scale[:, 0].float()
-    held = {
-        "values": operator.values,
-        "scale": scale,
-        # Of the weight alone, so it is summed here: Inductor does not fold sums of integers.
-        "offset": operator.values.sum(1).float() * scale,
-    }
-
-    def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """``y = (sum q w - z sum w) * s_x * s_w`` with q, z, s_x of each token, or of all."""
-        codes, scale, zero = quantize_tokens(x, per_token=per_token)
-        values = tensors["values"]
-        sums: Tensor = int8_matmul(codes.reshape(-1, x.shape[-1]), values, tensors["scale"])
-        sums = sums.reshape(*x.shape[:-1], values.shape[0])
-        return ((sums - zero * tensors["offset"]) * scale).to(x.dtype)
-
-    return Packed(operator, INTEGER, held, run)
+    return dynamic_int8(operator, INTEGER, int8_matmul)
 
 
 def _frozen_leaf(operator: Operator, keep_dense: bool = False) -> Packed | None:

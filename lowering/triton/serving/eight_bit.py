@@ -9,8 +9,9 @@ from torch import Tensor
 
 from recast.kernels.eight_bit_matmul.eight_bit_op import eight_bit_matmul
 from recast.kernels.quantized_matmul.floats import FloatGrid, rounded_product
-from recast.kernels.quantized_matmul.reference import quantize_tokens, unpack_codes
+from recast.kernels.quantized_matmul.reference import unpack_codes
 from recast.kernels.tiles import interpreting
+from recast.lowering.dynamic_int8 import dynamic_int8
 from recast.lowering.packed import Packed, plain
 from recast.passes.forms.codebook import Codebook
 from recast.passes.forms.operator import Operator
@@ -29,24 +30,10 @@ def serve(operator: Operator) -> Packed | None:
     if isinstance(operator, Quantized) and operator.activations:
         if not operator.symmetric or operator.scale.shape[1] != 1:
             return plain(operator, "aten (rounded activations and scales by group: no kernel)")
-        return _integers(operator)
+        return dynamic_int8(operator, INTEGERS, eight_bit_matmul)
     if isinstance(operator, RoundedInputs) and isinstance(operator.weight, Codebook) and operator.grid == _E4M3:
         return _floats(operator, operator.weight)
     return None
-
-
-def _integers(operator: Quantized) -> Packed:
-    per_token, scale = operator.per_token, operator.by_row().scale[:, 0].float().contiguous()
-    offset = operator.values.sum(1).float() * scale
-    held = {"values": operator.values.contiguous(), "scale": scale, "offset": offset}
-
-    def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """``y = (sum q w - z sum w) * s_x * s_w`` with q, z, s_x of each token, or of all."""
-        codes, scale, zero = quantize_tokens(x, per_token=per_token)
-        sums: Tensor = eight_bit_matmul(codes, tensors["values"], tensors["scale"])
-        return ((sums - zero * tensors["offset"]) * scale).to(x.dtype)
-
-    return Packed(operator, INTEGERS, held, run)
 
 
 def _floats(operator: RoundedInputs, weight: Codebook) -> Packed | None:
