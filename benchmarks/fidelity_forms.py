@@ -121,6 +121,8 @@ def _quantized() -> list[Family]:
             found.append(Family(name, "quantized", _numbers(text, range(1, 65)), (plain, 0.375)))
         text = f"lq({{}}, base='nf{bits}(double=true)', turns=8)"
         found.append(Family(f"lq nf{bits}", "quantized", _numbers(text, range(1, 65)), (plain, 0.375)))
+        rounded = f"lq({{}}, base='{base.format('')}', turns=8)"
+        found.append(Family(f"lq int{bits}", "quantized", _numbers(rounded, range(1, 65)), (plain,)))
         fisher = text.replace("turns=8", "turns=8, weighting='fisher'")
         found.append(Family(f"lq nf{bits} fisher", "quantized", _numbers(fisher, range(1, 65)), (plain,)))
     named = (
@@ -161,6 +163,8 @@ def _experts() -> list[Family]:
     one = ("shared_atoms(1)",)
     return [
         Family("experts averaged", "experts", one, (), scope="experts"),
+        Family("experts merged to one", "experts", ("merged(1)",), (), scope="experts"),
+        Family("experts merged to half", "experts", ("merged(3)",), (), scope="experts"),
         Family("union svd of experts", "experts", _ratios("shared_basis(ratio={}, group=0)"), one, scope="experts"),
         Family("low_rank of experts", "experts", _ratios("low_rank(ratio={})"), one, scope="experts"),
     ]

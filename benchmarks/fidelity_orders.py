@@ -125,6 +125,7 @@ def _corrected(rows: Rows, model: str) -> list[dict[str, Any]]:
         for name, other in (
             (f"lorc int{bits}", "nearest"),
             (f"lq nf{bits}", "nearest"),
+            (f"lq int{bits}", "nearest"),
             (f"lorc int{bits} gptq", "gptq"),
         ):
             ours, theirs = rows.get((model, name, said(as_much))), rows.get((model, f"{plain} {other}", "own"))
@@ -132,21 +133,25 @@ def _corrected(rows: Rows, model: str) -> list[dict[str, Any]]:
                 continue
             measure = next(m for m in MEASURES if m in ours)
             a, b = float(ours[measure]), float(theirs[measure])
-            order = f"{name.split()[0].upper()} below plain rounding ({other}) at equal bytes, {bits} bits"
+            method = f"LQ over {name.split()[1]}" if name.startswith("lq") else "LORC"
+            order = f"{method} below plain rounding ({other}) at equal bytes, {bits} bits"
             found.append(_answer(order, model, said(as_much), a <= b, measure, {name: a, f"{plain} {other}": b}))
     return found
 
 
 def _experts(rows: Rows, model: str) -> list[dict[str, Any]]:
-    ours, theirs = (
-        rows.get((model, "union svd of experts", "as shared_atoms(1)")),
-        rows.get((model, "experts averaged", "own")),
-    )
-    if ours is None or theirs is None:
-        return []
-    values = {"union": float(ours["perplexity"]), "averaged": float(theirs["perplexity"])}
-    order = "union SVD of experts below averaging them"
-    return [_answer(order, model, "as one expert", values["union"] <= values["averaged"], "perplexity", values)]
+    """One basis for all experts of a layer, against one matrix for all of them, of the same bytes."""
+    found = []
+    union = rows.get((model, "union svd of experts", "as shared_atoms(1)"))
+    for name, order in (
+        ("experts averaged", "union SVD of experts below averaging them"),
+        ("experts merged to one", "union SVD of experts below merging them by least squares"),
+    ):
+        other = rows.get((model, name, "own"))
+        if union is not None and other is not None:
+            values = {"union": float(union["perplexity"]), name: float(other["perplexity"])}
+            found.append(_answer(order, model, "as one expert", values["union"] <= values[name], "perplexity", values))
+    return found
 
 
 def orders_table(orders: list[dict[str, Any]]) -> Table:
