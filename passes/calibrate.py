@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from recast.passes.cache import OperatorCache
 from recast.passes.calibration import Calibration
 from recast.passes.drift import LayerDrift
+from recast.passes.forms.stats import all_finite
 from recast.passes.importance import Importances, Loss
 from recast.passes.progress import track
 from recast.passes.recipe import Recipe
@@ -207,7 +208,7 @@ class _Collector(fx.Interpreter):
                 vectors = use.contraction.arrange(value, use.index)
             else:
                 vectors = _routed(use, self.env[use.x], self.routes[use.routing.index])
-            if not bool(torch.isfinite(vectors).all()):
+            if not all_finite(vectors):
                 raise CalibrationError(
                     f"calibration: what flows into {self.names[key]} is not finite in this batch; {_culprit(self.module)}"
                 )
@@ -261,7 +262,7 @@ def _leaves(program: Program, batch: Any, number: int) -> list[Any]:
             "inputs, or a dictionary of all inputs by name"
         ) from error
     for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not all_finite(leaf):
             raise CalibrationError(
                 f"calibration: batch {number} holds NaN or infinite values; leave it out or repair it"
             )

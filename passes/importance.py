@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from recast.passes.forms.stats import all_finite
 from recast.patterns.errors import CalibrationError
 from recast.patterns.linear.find import as_matrix
 from recast.patterns.program import Program
@@ -63,7 +64,7 @@ class Importances:
         self.batches += 1
 
     def _add(self, name: str, gradient: Tensor) -> None:
-        if not bool(torch.isfinite(gradient).all()):
+        if not all_finite(gradient):
             raise CalibrationError(
                 f"calibration: the gradient of the loss at {name} is not finite in this batch; check the loss, "
                 "or calibrate in float32"

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from recast.passes.cache import OperatorCache
 from recast.passes.calibration import Calibration
+from recast.passes.forms.stats import all_finite
 from recast.passes.plan import Skip, Target, decide, forms_by_name, measured_entries, targets_of
 from recast.passes.progress import track
 from recast.passes.recipe import Recipe
@@ -191,7 +192,7 @@ class _Walk:
                 use.contraction.arrange(one.env[use.x], use.index).reshape(-1, site.in_features)
                 for one in (dense, rough)
             )
-            if not bool(torch.isfinite(after).all()):
+            if not all_finite(after):
                 raise CalibrationError(
                     f"calibration: behind the sites that were rewritten, what flows into {site.name} is not finite; "
                     "rewrite fewer or less"

@@ -46,3 +46,16 @@ def test_pages_name_only_commands_that_exist() -> None:
     for page in PAGES:
         for command in re.findall(r"\brecast ([a-z]+)\b(?= [A-Z./\-]|$)", snippets(page, "console")):
             assert command in known, f"{page.name} speaks of 'recast {command}'"
+
+
+def test_every_method_is_spelled_in_words_that_parse() -> None:
+    from recast.passes.forms import Form
+
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "methods.md").read_text("utf-8").splitlines() if "`" in line]
+    found = [
+        text.replace("\\|", "|") for row in rows if row[0].startswith("| ") for text in re.findall(r"`([^`]+)`", row[1])
+    ]
+    texts = [text for text in found if not text.endswith("=True") and "=" not in text.partition("(")[0]]
+    assert len(texts) > 45
+    for text in texts:
+        assert str(Form.parse(str(Form.parse(text)))) == str(Form.parse(text))

@@ -11,6 +11,8 @@ too.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -101,6 +103,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     [[249, 8]]
     """
     codes = codes.to(torch.uint8)
+    if bits == 4 and codes.shape[1] % 2 == 0 and sys.byteorder == "little" and codes.is_contiguous():
+        pairs = codes.view(torch.int16)  # odd codes in the high byte; what is above the low byte afterwards goes
+        return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
     parts, shift = [], 0
     for width in _planes(bits):
         each = 8 // width
@@ -165,14 +170,20 @@ def quantize(
 def _codes(
     weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int | None, reduce_range: bool
 ) -> Tensor:
-    n = weight.shape[1]
+    (m, n), groups = weight.shape, scale.shape[1]
     low, high = code_range(bits, zero is None, reduce_range)
-    each = spread(scale, n, group)
+    if (
+        groups == 1 or group is None or groups * group == n
+    ):  # a view in place of scales that are spread, and one array for all steps
+        weight, offset = weight.reshape(m, groups, n // groups), None if zero is None else zero.unsqueeze(-1)
+        each = scale.unsqueeze(-1)
+    else:
+        each, offset = spread(scale, n, group), None if zero is None else spread(zero, n, group)
     # A group of zeros has scale 0; its codes are 0 whatever they are divided by.
-    codes = torch.round(weight.to(scale.dtype) / torch.where(each == 0, 1, each))
-    if zero is not None:
-        codes = codes + spread(zero, n, group).to(codes.dtype)
-    return codes.clamp(low, high)
+    codes = torch.round_(weight.to(scale.dtype) / torch.where(each == 0, 1, each))
+    if offset is not None:
+        codes += offset.to(codes.dtype)
+    return codes.clamp_(low, high).reshape(m, n)
 
 
 def rounded(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.operator import Operator
-from recast.passes.forms.stats import Stats, squared_error
+from recast.passes.forms.stats import Stats, all_finite, squared_error
 from recast.patterns.errors import FormError, RecastError, WeightError, nearest
 
 __all__ = ["Form", "NamedForm", "Parameter", "Together"]
@@ -242,9 +242,9 @@ def data_error(weight: Tensor, operator: Operator, stats: Stats | None) -> float
 
 
 def _refuse_nonfinite(weight: Tensor, what: str) -> None:
-    finite = torch.isfinite(weight)
-    if bool(finite.all()):
+    if all_finite(weight):
         return
+    finite = torch.isfinite(weight)
     row, column = (int(i) for i in (~finite).nonzero()[0])
     raise WeightError(
         f"{what} holds {int((~finite).sum())} values that are NaN or infinite, the first at [{row}, {column}]; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ __all__ = ["fit_quantized"]
 # Fractions of the range that are tried where clipping the largest values may pay: with four bits it does.
 _SHRINK = (1.0, 0.95, 0.9, 7 / 8, 0.825, 0.775, 0.725, 0.675)
 # Rows are fitted a slab at a time, so that temporaries stay in the cache and memory stays small.
-_SLAB = 1 << 19
+_SLAB = 1 << 18
 
 
 def fit_quantized(
@@ -184,20 +185,25 @@ def _scales(
         # Eight bits leave nothing to gain from clipping.
         return [_finish(plain, bits)] * len(importances)
     weights = [
-        None if each is None else torch.nn.functional.pad(each.to(weight.dtype), (0, extra)).reshape(groups, width)
+        None
+        if each is None
+        else torch.nn.functional.pad(each.to(weight.dtype).sqrt(), (0, extra)).reshape(groups, width)
         for each in importances
     ]
     best = [plain] * len(weights)
     least = [torch.full_like(step, torch.inf)] * len(weights)
+    gap = torch.empty_like(grouped)
     for shrink in _SHRINK:
         scale = step * shrink
         zero = _zero(bottom * shrink, scale, low, high, symmetric)
-        codes = torch.round(grouped / torch.where(scale == 0, 1, scale).unsqueeze(-1))
-        offset = 0 if zero is None else zero.unsqueeze(-1)
-        codes = (codes + offset).clamp_(low, high) - offset
-        gap = codes.mul_(scale.unsqueeze(-1)).sub_(grouped).square_()
+        torch.div(grouped, torch.where(scale == 0, 1, scale).unsqueeze(-1), out=gap).round_()
+        # The range moves in place of all codes.
+        first: Any
+        last: Any
+        first, last = (low, high) if zero is None else ((low - zero).unsqueeze(-1), (high - zero).unsqueeze(-1))
+        gap.clamp_(first, last).mul_(scale.unsqueeze(-1)).sub_(grouped)
         for i, weighting in enumerate(weights):
-            error = gap.sum(-1) if weighting is None else (gap * weighting).sum(-1)
+            error = torch.linalg.vector_norm(gap if weighting is None else gap * weighting, dim=-1)
             better = error < least[i]
             least[i] = torch.where(better, error, least[i])
             old = best[i][1]

@@ -16,7 +16,7 @@ from recast.patterns.errors import CalibrationError
 if TYPE_CHECKING:
     from recast.passes.forms.operator import Operator
 
-__all__ = ["SIZES", "Stats", "gap_errors", "relative_error", "row_errors", "sizes_of", "squared_error"]
+__all__ = ["SIZES", "Stats", "all_finite", "gap_errors", "relative_error", "row_errors", "sizes_of", "squared_error"]
 
 # Sizes of inputs are counted in bins of a 32nd of an octave, 2^-32 to 2^32; the first holds zeros and what is smaller.
 _OCTAVE, _REACH = 32, 32
@@ -138,8 +138,7 @@ class Stats:
                     f"statistics: {name} has shape {tuple(value.shape)} but the weight{at} takes {features} features; "
                     "they belong to another weight: calibrate this one"
                 )
-            # The sum is as telling and much faster; only if it is not finite (it may overflow) each number is looked at.
-            if not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all()):
+            if not all_finite(value):
                 raise CalibrationError(
                     f"statistics: {name}{at} is not finite; calibration data that overflows is of no use, "
                     "check the batches or calibrate in float32"
@@ -270,6 +269,17 @@ class Stats:
             None if self.sample is None else self.sample[:, features],
             column_importance=None if self.column_importance is None else self.column_importance[features],
         )
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite; each is looked at only where their sum is not finite, which may have overflown.
+
+    Examples
+    --------
+    >>> all_finite(torch.full((4,), 3e38)), all_finite(torch.tensor([1.0, -torch.inf]))
+    (True, False)
+    """
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def sizes_of(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from recast.passes.calibration import Calibration
 from recast.passes.exact import Edit
-from recast.passes.forms.stats import Stats
+from recast.passes.forms.stats import Stats, all_finite
 from recast.passes.modules.flow import Picks, Refused, Way, spread
 from recast.patterns.errors import FormError, WeightError
 from recast.patterns.recognise import recognise
@@ -82,7 +82,7 @@ class Block:
     def matrix(self, role: str) -> Tensor:
         """The whole matrix of the linear in a role, (out_features, in_features)."""
         matrix = self.edit.matrix(self.piece(role).site.uses[0]).value(self.edit.weights)
-        if not bool(torch.isfinite(matrix).all()):
+        if not all_finite(matrix):
             raise WeightError(
                 f"'{self.piece(role).name}' in '{self.name}' holds values that are NaN or infinite; "
                 "repair the checkpoint or leave this block out"

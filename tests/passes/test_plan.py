@@ -250,6 +250,26 @@ def test_budget_is_kept_and_candidates_that_do_not_fit_are_left_out(program: Pro
         recast.plan(program, {**recipe, "budget": 0.01}, calibration, cache=CACHE)
 
 
+@pytest.mark.parametrize("seldom", ["first", "second"])
+def test_a_budget_spends_more_where_more_tokens_pass(seldom: str) -> None:
+    class Seldom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            one = x[:, :1]
+            return self.first(one if seldom == "first" else x), self.second(one if seldom == "second" else x)
+
+    torch.manual_seed(0)
+    program = recast.capture(Seldom().eval(), (torch.randn(2, 12, 64),))
+    calibration = recast.calibrate(program, [torch.randn(16, 12, 64)])
+    recipe = {"budget": 0.22, "candidates": ["int8", "int4(group=64)"]}
+    plan = recast.plan(program, recipe, calibration, cache=OperatorCache(None))
+    forms = {name: str(entry.form) for name, entry in plan.entries.items()}
+    assert forms == {name: "int4(group=64)" if name == seldom else "int8" for name in ("first", "second")}
+
+
 # Plans that cannot be.
 
 
