@@ -11,10 +11,12 @@ the rows that are there.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,11 @@ def measure(
     """Run what is missing in `rows`, and write the file after each."""
     order = {(what, f"{m}x{n}"): i for i, ((m, n), what) in enumerate((s, w) for s in sizes for w in wanted)}
     there = {key(row) for row in rows}
-    for m, n in sizes:
-        for what in wanted:
+    with tempfile.TemporaryDirectory(prefix="fit_time-") as folder:
+        for (m, n), what in itertools.product(sizes, wanted):
             if (what, f"{m}x{n}") in there:
                 continue
-            row = {"name": what, "shape": [m, n]} | _run(what, m, n, threads, limit)
+            row = {"name": what, "shape": [m, n]} | _run(what, m, n, threads, limit, folder)
             told = row.get("absent") or row.get("failed") or f"{row['seconds']:.2f} s"
             console.log(f"{m}x{n} {what}: {told}")
             rows.append(row)
@@ -52,8 +54,8 @@ def measure(
     return rows
 
 
-def _run(what: str, m: int, n: int, threads: int, limit: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.fit_time_one", what, str(m), str(n), str(threads)]
+def _run(what: str, m: int, n: int, threads: int, limit: float, folder: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.fit_time_one", what, str(m), str(n), str(threads), folder]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
     except subprocess.TimeoutExpired:
