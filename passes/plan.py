@@ -149,7 +149,9 @@ def plan(
             entries[name] = entry
     seen = {name: targets[name].stats for name in entries}
     if calibration is not None:
-        seen |= {name: calibration.of(fit.end or next(iter(fit.made))) for name, fit in smaller.fits.items()}
+        for name, fit in smaller.fits.items():
+            ends = {end: end for end in fit.stand_ins} or {name: fit.end or next(iter(fit.made))}
+            seen |= {known: calibration.of(end) for known, end in ends.items() if end in calibration}
     return Plan(
         fingerprint=program.fingerprint(),
         entries=smaller.entries | entries,

@@ -21,7 +21,7 @@ from recast.patterns.errors import FormError, RecipeError, nearest
 __all__ = ["COMPUTE_DTYPES", "Recipe", "Rule"]
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_KINDS = ("linear", "mlp", "attention", "*")
+_KINDS = ("linear", "mlp", "attention", "moe", "*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Rule:
     form
         What they get; None keeps them dense.
     kind
-        Kind of site, ``linear``, ``mlp`` or ``attention``; ``*`` is every kind that the form is for.
+        Kind of site, ``linear``, ``mlp``, ``attention`` or ``moe``; ``*`` is every kind that the form is for.
     """
 
     match: str

@@ -10,11 +10,13 @@ from torch import Tensor
 from recast.passes.calibration import Calibration
 from recast.passes.decided import Entry, Skip
 from recast.passes.exact import Edit
-from recast.passes.modules.block import Block, blocks_of
+from recast.passes.modules.block import Block
+from recast.passes.modules.blocks import blocks_of
 from recast.passes.modules.flow import Picks, Refused, narrow
 from recast.passes.modules.form import Fit, ModuleForm
 from recast.passes.modules.marks import BLOCK, END
 from recast.passes.modules.meeting import meet
+from recast.passes.modules.mixture import Mixture
 from recast.passes.progress import track
 from recast.passes.recipe import Recipe
 from recast.patterns.derivation import Derivation
@@ -195,6 +197,8 @@ def _labels(fit: Fit) -> dict[str, Tensor]:
 
 def _check_shapes(block: Block, fit: Fit) -> None:
     """Refuse a block whose sizes on the way cannot be put right, without changing anything."""
+    if isinstance(block, Mixture):
+        return block.check_fit(fit)
     picks: Picks = {}
     sources, way = block.way(_labels(fit), fit.end, picks if fit.end is None else None)
     narrow(way, sources, fit.kept, change=False)
@@ -202,6 +206,9 @@ def _check_shapes(block: Block, fit: Fit) -> None:
 
 def _replace(edit: Edit, block: Block, form: object, fit: Fit) -> dict[str, Tensor]:
     """Put smaller matrices in place of a block's, and sizes on the way right; tell what is left of queries and keys."""
+    if isinstance(block, Mixture):
+        block.replace(form, fit)
+        return {}
     picks: Picks = {}
     sources, way = block.way(_labels(fit), fit.end, picks if fit.end is None else None)
     left = meet(edit, block, way, picks, fit.kept) if fit.end is None else {}

@@ -14,9 +14,9 @@ from recast.passes.forms.stats import Stats, all_finite
 from recast.passes.modules.flow import Picks, Refused, Way, spread
 from recast.patterns.errors import FormError, WeightError
 from recast.patterns.recognise import recognise
-from recast.patterns.sites import AttentionSite, LinearSite, MLPSite, Piece, RotarySite
+from recast.patterns.sites import AttentionSite, LinearSite, MLPSite, MoESite, Piece, RotarySite, Site
 
-__all__ = ["Block", "blocks_of"]
+__all__ = ["Block", "labels_of_rows"]
 
 aten = torch.ops.aten
 
@@ -41,7 +41,8 @@ class Block:
     def __init__(
         self, edit: Edit, sites: Sequence[MLPSite | AttentionSite], kind: str, calibration: Calibration | None
     ) -> None:
-        self.edit, self.sites, self.calibration = edit, sites, calibration
+        self.edit, self.calibration = edit, calibration
+        self.sites: Sequence[MLPSite | AttentionSite | MoESite] = sites
         self.name, self.kind = sites[0].name + kind.removeprefix(sites[0].kind), kind
         self.pieces = {role: piece for role in ROLES[self.kind] if (piece := getattr(sites[0], role)) is not None}
 
@@ -140,7 +141,7 @@ class Block:
         found = recognise(self.edit.program, self.edit.constants).sites
         return [site for site in found if isinstance(site, RotarySite)]
 
-    def product(self, site: MLPSite | AttentionSite) -> fx.Node:
+    def product(self, site: Site) -> fx.Node:
         """Where queries and keys of an attention are multiplied."""
         query: fx.Node | None = getattr(site, "query", None)
         users = list(query.users) if query is not None else []
@@ -159,16 +160,20 @@ class Block:
         return first
 
 
-def blocks_of(edit: Edit, calibration: Calibration | None) -> dict[str, Block]:
-    """The feed-forward and attention blocks of a program, by name; those that use the same linears are one."""
-    together: dict[tuple[object, ...], list[MLPSite | AttentionSite]] = {}
-    for site in recognise(edit.program, edit.constants).sites:
-        if not isinstance(site, MLPSite | AttentionSite):
+def labels_of_rows(block: Block, roles: Sequence[str], width: int) -> dict[str, Tensor]:
+    """Numbers of `width` hidden features by the rows that make them, for each linear that does: those in some roles."""
+    found: dict[str, Tensor] = {}
+    for role in roles:
+        if role not in block.pieces:
             continue
-        for kind, roles in ROLES.items():
-            if kind.partition(":")[0] == site.kind:
-                pieces = (getattr(site, role) for role in roles)
-                key = (kind, *((p.site.name, p.part) if p is not None else None for p in pieces))
-                together.setdefault(key, []).append(site)
-    blocks = [Block(edit, sites, str(key[0]), calibration) for key, sites in together.items()]
-    return {block.name: block for block in blocks}
+        piece = block.piece(role)
+        size = piece.site.out_features
+        labels = found.setdefault(piece.site.name, torch.full((size,), -1, dtype=torch.int32))
+        rows = block.rows(role)
+        if len(rows) == 2 * width:  # gate and up by halves, as `glu` has them
+            labels.copy_(torch.arange(size, dtype=torch.int32) % width)
+        elif len(rows) == width:
+            labels[rows] = torch.arange(width, dtype=torch.int32)
+        else:
+            raise Refused(f"'{piece.name}' makes {len(rows)} features for {width}")
+    return found

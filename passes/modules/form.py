@@ -18,6 +18,7 @@ from recast.patterns.errors import FormError
 
 if TYPE_CHECKING:
     from recast.passes.modules.block import Block
+    from recast.passes.modules.mixture import Place
 
 __all__ = ["Fit", "Made", "ModuleForm"]
 
@@ -51,7 +52,7 @@ class Fit:
     made
         New matrices by the name of the linear.
     end
-        Name of the linear that takes the features; None where queries and keys meet.
+        Name of the linear that takes the features; None where queries and keys meet, and for experts.
     kept
         Labels of the features that stay.
     inner
@@ -62,6 +63,8 @@ class Fit:
         What `end` and all that was before it amount to, as a form of the old matrix of `end`; None without an `end`.
     predicted_error, measured_error, weight_error
         Of the block's output (or of scores) on the calibration data, on its sample, and ``|W - W'| / |W|``.
+    stand_ins, places
+        For experts, `stand_in` of each linear that takes features, and where the matrices of all lie.
     """
 
     made: Mapping[str, Made]
@@ -73,6 +76,8 @@ class Fit:
     predicted_error: float
     measured_error: float | None
     weight_error: float
+    stand_ins: Mapping[str, Operator] = field(default_factory=dict)
+    places: Mapping[str, Place] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

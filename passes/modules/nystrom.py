@@ -13,7 +13,7 @@ from recast.passes.cache import Fitted
 from recast.passes.forms.column_sparse import ColumnSparse
 from recast.passes.forms.linear_algebra import CUTOFF, pseudo_inverse
 from recast.passes.forms.operator import Dense
-from recast.passes.modules.block import Block
+from recast.passes.modules.block import Block, labels_of_rows
 from recast.passes.modules.flow import Refused
 from recast.passes.modules.form import Fit, Made, ModuleForm
 from recast.patterns.errors import FormError
@@ -48,7 +48,7 @@ class Nystrom(ModuleForm):
     def solve_block(self, block: Block) -> Fit:
         down = block.piece("down").site
         width = down.in_features
-        labels = _labels(block, width)
+        labels = labels_of_rows(block, ("up", "gate"), width)
         order = block.arriving(labels, down.name)
         if not torch.equal(order.sort().values, torch.arange(width, dtype=torch.int32)):
             raise Refused(f"'{down.name}' does not take each hidden feature once")
@@ -84,25 +84,6 @@ class Nystrom(ModuleForm):
             fitted.measured_error,
             fitted.weight_error,
         )
-
-
-def _labels(block: Block, width: int) -> dict[str, Tensor]:
-    """Numbers of the hidden features by the rows that make them, for each linear that does."""
-    found: dict[str, Tensor] = {}
-    for role in ("up", "gate"):
-        if role not in block.pieces:
-            continue
-        piece = block.piece(role)
-        size = piece.site.out_features
-        labels = found.setdefault(piece.site.name, torch.full((size,), -1, dtype=torch.int32))
-        rows = block.rows(role)
-        if len(rows) == 2 * width:  # gate and up by halves, as `glu` has them
-            labels.copy_(torch.arange(size, dtype=torch.int32) % width)
-        elif len(rows) == width:
-            labels[rows] = torch.arange(width, dtype=torch.int32)
-        else:
-            raise Refused(f"'{piece.name}' makes {len(rows)} features for {width}")
-    return found
 
 
 def leverage_scores(gram: Tensor, ridge: float) -> Tensor:
