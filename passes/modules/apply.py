@@ -198,7 +198,8 @@ def _labels(fit: Fit) -> dict[str, Tensor]:
 def _check_shapes(block: Block, fit: Fit) -> None:
     """Refuse a block whose sizes on the way cannot be put right, without changing anything."""
     if isinstance(block, Mixture):
-        return block.check_fit(fit)
+        block.check_fit(fit)
+        return
     picks: Picks = {}
     sources, way = block.way(_labels(fit), fit.end, picks if fit.end is None else None)
     narrow(way, sources, fit.kept, change=False)

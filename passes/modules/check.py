@@ -91,7 +91,8 @@ class _StoodIn(fx.Interpreter):
 def check_blocks(before: Program, after: Program, probe: list[Any], smaller: Smaller, bound: float) -> None:
     """Each block must compute what its fit stands for: the fit's form of the last linear, on what that linear took.
 
-    Of experts, the same product with the matrices of their fits is compared with. Of queries and keys, those features must be left that the fit keeps, as they were.
+    For experts, the model's own product is run with the matrices of their fits. Of queries and keys, those features must be left
+    that the fit keeps, as they were.
 
     Parameters
     ----------
