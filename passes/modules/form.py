@@ -17,6 +17,7 @@ from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
 if TYPE_CHECKING:
+    from recast.passes.forms.column_sparse import ColumnSparse
     from recast.passes.modules.block import Block
     from recast.passes.modules.mixture import Place
 
@@ -76,7 +77,7 @@ class Fit:
     predicted_error: float
     measured_error: float | None
     weight_error: float
-    stand_ins: Mapping[str, Operator] = field(default_factory=dict)
+    stand_ins: Mapping[str, ColumnSparse] = field(default_factory=dict)
     places: Mapping[str, Place] = field(default_factory=dict)
 
 

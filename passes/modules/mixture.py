@@ -14,7 +14,7 @@ from recast.passes.calibration import Calibration
 from recast.passes.exact import Edit
 from recast.passes.forms.stats import Stats
 from recast.passes.modules.block import Block, labels_of_rows
-from recast.passes.modules.flow import Refused, Way, narrow, spread
+from recast.passes.modules.flow import Picks, Refused, Way, narrow, spread
 from recast.passes.modules.form import Fit
 from recast.passes.modules.marks import BLOCK, END
 from recast.patterns.derivation import Derivation
@@ -24,14 +24,17 @@ from recast.patterns.linear.packing import size_hint
 from recast.patterns.linear.routed import is_grouped
 from recast.patterns.sites import LinearSite, MoESite, Piece, Use
 
-__all__ = ["Mixture", "Place"]
+__all__ = ["Mixture", "Numbers", "Place"]
 
 aten = torch.ops.aten
 
 _SAME = {
     aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten._to_copy.default, aten.to.dtype,
 }  # fmt: skip
-_TURNS = {aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default, aten.unsqueeze.default}
+_FLIPS = {aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default}
+_TURNS = _FLIPS | {aten.unsqueeze.default}
+_UNMOVED = _SAME | {aten.unsqueeze.default}
+_LOOKUPS = {aten.index.Tensor, aten.index_select.default}
 _TAKES = {aten.select.int, aten.unbind.int}
 
 
@@ -70,6 +73,28 @@ class Place:
         sizes = list(whole)
         sizes[self.rows], sizes[self.columns] = matrix.shape
         return sizes
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A parameter with a number for each hidden feature of each expert: a bias.
+
+    Parameters
+    ----------
+    weight
+        Its name; (experts, features).
+    experts
+        Its row for each expert.
+    labels
+        Of a row's numbers.
+    nodes
+        What stands between it and where it is applied.
+    """
+
+    weight: str
+    experts: tuple[int, ...]
+    labels: Tensor
+    nodes: tuple[fx.Node, ...]
 
 
 class Mixture(Block):
@@ -222,8 +247,13 @@ class Mixture(Block):
 
     # ------------------------------------------------------------------ the way from the first linears to the last
 
-    def experts_way(self) -> tuple[dict[fx.Node, Tensor], Way]:
-        """Follow hidden features, numbered as they leave the first linears, to the last ones, which must take them in order."""
+    def experts_way(self) -> tuple[dict[fx.Node, Tensor], Way, list[Numbers]]:
+        """Follow hidden features, numbered as they leave the first linears, to the last ones, which must take them in order.
+
+        Returns
+        -------
+        Where it begins, with labels, the way, and what holds a number for each feature of each expert: biases.
+        """
         sources: dict[fx.Node, Tensor] = {}
         lasts: dict[fx.Node, Use] = {}
         for expert, roles in enumerate(self.experts):
@@ -233,7 +263,8 @@ class Mixture(Block):
                     if not torch.equal(sources.setdefault(use.node, found), found):
                         raise Refused(f"'{use.node.name}' gives hidden features of experts in different order")
             lasts |= {use.product: use for use in roles["down"].site.uses}
-        way = spread(sources, set(lasts), self.edit.position)
+        picks: Picks = {}
+        way = spread(sources, set(lasts), self.edit.position, picks)
         for product, use in lasts.items():
             if use.x not in way:
                 raise Refused(f"'{product.name}' takes '{use.x.name}', which comes from elsewhere")
@@ -247,7 +278,30 @@ class Mixture(Block):
             axis = use.contraction.x.index(use.contraction.inputs) if len(use.contraction.inputs) == 1 else None
             if axis is None or not torch.equal(way[use.x], _along(use.x, axis, wanted)):
                 raise Refused(f"'{use.product.name}' does not take each hidden feature once")
-        return sources, way
+        numbers = [self._numbers(way[node], node, operand) for node, held in picks.items() for operand in held]
+        return sources, way, numbers
+
+    def _numbers(self, labels: Tensor, node: fx.Node, operand: fx.Node) -> Numbers:
+        """A parameter with a row for each expert, as it is added to (or multiplied with) hidden features; Refused if it is none."""
+        path: list[fx.Node] = [operand]
+        while path[-1].op == "call_function" and path[-1].target in _UNMOVED | _LOOKUPS:
+            path.append(path[-1].args[0])  # type: ignore[arg-type]
+        source, below = path[-1], path[:-1]
+        name = str(source.target)
+        why = f"'{operand.name}' holds a number for each feature, which '{node.name}' applies"
+        if source.op != "get_attr" or sum(n.target in _LOOKUPS for n in below) > 1:
+            raise Refused(why)
+        held = self.edit.weights[name]
+        experts = [self.place(roles["down"].site).fixed for roles in self.experts]
+        line = labels.reshape(-1, labels.shape[-1])[0]
+        numbered = all(len(fixed) == 1 for fixed in experts) and held.ndim == 2 and held.shape[0] == len(experts)
+        if not numbered or held.shape[1] != len(line) or held.untyped_storage().nbytes() == 0:
+            raise Refused(why)
+        if others := [n for n in self.edit.readers.get(name, {}) if n not in (node, *below)]:
+            raise Refused(f"{why}, and '{others[0].name}' reads '{name}' too")
+        if others := [n for made in below if made.target in _LOOKUPS for n in made.users if n not in (node, *below)]:
+            raise Refused(f"{why}, and '{others[0].name}' reads '{below[-1].name}' too")
+        return Numbers(name, tuple(fixed[0][1] for fixed in experts), line, tuple(below))
 
     def _result_axis(self, use: Use) -> int:
         y = use.contraction.y if use.routing is None else use.routing.y
@@ -257,7 +311,7 @@ class Mixture(Block):
 
     def check_fit(self, fit: Fit) -> None:
         """Refuse what cannot be put right, without changing anything."""
-        sources, way = self.experts_way()
+        sources, way, _ = self.experts_way()
         narrow(way, sources, fit.kept, change=False)
         for site in self.linears.values():
             for use in site.uses:
@@ -272,11 +326,21 @@ class Mixture(Block):
 
     def replace(self, form: object, fit: Fit) -> None:
         """Put smaller matrices in place of the experts', and sizes on the way right."""
-        sources, way = self.experts_way()
+        sources, way, numbers = self.experts_way()
         narrow(way, sources, fit.kept)
         for node in way:
             node.meta[BLOCK] = self.name
         made: dict[str, Tensor] = {}
+        for of in numbers:
+            kept = {
+                e: fit.stand_ins[roles["down"].site.name].columns
+                for e, roles in zip(of.experts, self.experts, strict=True)
+            }
+            held = self.edit.weights[of.weight].detach()
+            made[of.weight] = torch.stack([held[e, torch.isin(of.labels, kept[e])] for e in range(len(kept))])
+            for node in of.nodes:
+                node.meta[BLOCK] = self.name
+                node.meta.pop("val", None)
         for name, new in fit.made.items():
             place = fit.places[name]
             held = self.edit.weights[place.weight]
@@ -313,11 +377,11 @@ def _along(node: fx.Node, axis: int, labels: Tensor) -> Tensor:
 
 
 def _in_runs(labels: Tensor, wanted: Tensor) -> bool:
-    """Whether labels differ along one dimension only and are there the wanted ones, once or several times over."""
+    """Whether labels differ along one dimension only and are the wanted ones there, once, several times over, or each in a row."""
     for axis in range(labels.ndim):
-        line = labels.movedim(axis, 0).reshape(labels.shape[axis], -1)
-        if len(line) % len(wanted) == 0 and torch.equal(
-            line, wanted.repeat(len(line) // len(wanted))[:, None].expand_as(line)
-        ):
-            return True
+        times, rest = divmod(labels.shape[axis], len(wanted))
+        for run in (wanted.repeat(times), wanted.repeat_interleave(times)) if not rest else ():
+            lines = labels.movedim(axis, -1)
+            if torch.equal(lines, run.expand_as(lines)):
+                return True
     return False

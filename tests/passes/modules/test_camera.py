@@ -192,10 +192,7 @@ def test_a_whole_model_is_the_smaller_model() -> None:
 # ------------------------------------------------------------------ every way to multiply with experts
 
 
-FOLLOWED = [name for name in WAYS if "biases" not in name]
-
-
-@pytest.mark.parametrize("name", FOLLOWED)
+@pytest.mark.parametrize("name", WAYS)
 def test_every_dispatch(name: str) -> None:
     way = WAYS[name]
     define_fallback()
@@ -211,15 +208,18 @@ def test_every_dispatch(name: str) -> None:
     assert sorted(last.shape) == sorted((5, FEATURES, 16))
     x = data(3, 9, 77, FEATURES).to(dtype)
     # What the whole program gives where the features left out are zero, and the last matrices those of the fit.
-    plain = recast.rewrite(program, planned(program, "camera(0.6, round_to=8, refit=false)", calibration), progress=False)
+    plain = recast.rewrite(
+        program, planned(program, "camera(0.6, round_to=8, refit=false)", calibration), progress=False
+    )
     whole = model.layers[0].experts
     first, kept = whole.gate_up_proj.detach().clone(), plain.weights["layers.0.experts.gate_up_proj"]
     with torch.no_grad():
         for e in range(5):
-            gates = kept[e].chunk(2)[0]
-            mine = (first[e][:INNER, None] == gates[None]).all(-1).any(1)
+            rows, left = (first[e], kept[e]) if not way.turned else (first[e].T, kept[e].T)
+            mine = (rows[:, None] == left[None]).all(-1).any(1)
+            mine = mine[::2] if way.turned else mine[:INNER]  # gate's, in turns with up's or above them
             assert int(mine.sum()) == 16
-            whole.down_proj[e][:, ~mine] = 0
+            (whole.down_proj[e].T if way.turned else whole.down_proj[e])[:, ~mine] = 0
     if dtype == torch.float64:
         assert_close(plain(x), model(x), terms=FEATURES * INNER)
     else:
@@ -352,7 +352,9 @@ def test_wrong_parameters(text: str, message: str) -> None:
 
 def test_it_is_a_form_of_mixtures() -> None:
     assert module_forms()["camera"].site_kind == "moe"
-    with pytest.raises(RecipeError, match=r"'camera\(ratio=0.5\)', a form of kind moe, to sites of kind mlp; kind: moe"):
+    with pytest.raises(
+        RecipeError, match=r"'camera\(ratio=0.5\)', a form of kind moe, to sites of kind mlp; kind: moe"
+    ):
         recast.Recipe.of({"rules": [{"match": "*", "kind": "mlp", "form": "camera(0.5)"}]})
     program, _ = captured(Mixture("mixtral"))
     with pytest.raises(FormError, match=r"'mlp' is fitted to what flows through it; pass statistics"):
