@@ -291,16 +291,13 @@ def _sliced(node: fx.Node, dim: int, way: Way, left: dict[fx.Node, list[list[int
         return node.args
     given: list[Any] = [*node.args[2:], None, None][:2]
     step: Any = node.args[4] if len(node.args) > 4 else 1
-    if any(isinstance(n, fx.Node) for n in (*given, step)):
-        raise Refused(f"'{node.name}' takes features at places that are computed")
-    if step != 1:  # of gate and up in turns, for one: the same numbers still take one of them
-        line, every = labels.movedim(dim, -1).reshape(-1, labels.shape[dim]), slice(*given, step)
-        taken = line[0][every]
-        if torch.equal(line[0][stays(line[0], kept)][every], taken[stays(taken, kept)]) and bool(
-            (line == line[0]).all()
-        ):
+    if not any(isinstance(n, fx.Node) for n in (*given, step)) and step != 1:  # gate and up in turns, for one
+        line = labels.movedim(dim, -1).reshape(-1, labels.shape[dim])[0]
+        taken = line[slice(*given, step)]
+        if torch.equal(line[stays(line, kept)][slice(*given, step)], taken[stays(taken, kept)]):
             return node.args
-        raise Refused(f"'{node.name}' takes every so many features, of which some are gone")
+    if any(isinstance(n, fx.Node) for n in given) or step != 1:
+        raise Refused(f"'{node.name}' takes features at places that are computed, or every so many")
     start = int(given[0] or 0)
     start = min(start + labels.shape[dim] if start < 0 else start, labels.shape[dim])
     before = stays(labels.narrow(dim, 0, start), kept)

@@ -19,7 +19,7 @@ from recast.patterns.errors import FormError
 if TYPE_CHECKING:
     from recast.passes.forms.column_sparse import ColumnSparse
     from recast.passes.modules.block import Block
-    from recast.passes.modules.mixture import Place
+    from recast.passes.modules.place import Place
 
 __all__ = ["Fit", "Made", "ModuleForm"]
 

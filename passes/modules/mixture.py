@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -17,84 +15,18 @@ from recast.passes.modules.block import Block, labels_of_rows
 from recast.passes.modules.flow import Picks, Refused, Way, narrow, spread
 from recast.passes.modules.form import Fit
 from recast.passes.modules.marks import BLOCK, END
+from recast.passes.modules.place import UNMOVED, Numbers, Place, chain_of, is_released, place_of
 from recast.patterns.derivation import Derivation
 from recast.patterns.errors import WeightError
-from recast.patterns.linear.find import as_matrix
 from recast.patterns.linear.packing import size_hint
 from recast.patterns.linear.routed import is_grouped
 from recast.patterns.sites import LinearSite, MoESite, Piece, Use
 
-__all__ = ["Mixture", "Numbers", "Place"]
+__all__ = ["Mixture"]
 
 aten = torch.ops.aten
 
-_SAME = {
-    aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten._to_copy.default, aten.to.dtype,
-}  # fmt: skip
-_FLIPS = {aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default}
-_TURNS = _FLIPS | {aten.unsqueeze.default}
-_UNMOVED = _SAME | {aten.unsqueeze.default}
 _LOOKUPS = {aten.index.Tensor, aten.index_select.default}
-_TAKES = {aten.select.int, aten.unbind.int}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a matrix lies in the parameter that holds it.
-
-    Parameters
-    ----------
-    weight
-        Name of the parameter.
-    fixed
-        Axes that number matrices, and which one it is.
-    rows, columns
-        The axes of the matrix.
-
-    Examples
-    --------
-    >>> Place("w", ((0, 1),), 2, 1).of(torch.arange(12).view(2, 3, 2)).tolist()
-    [[6, 8, 10], [7, 9, 11]]
-    """
-
-    weight: str
-    fixed: tuple[tuple[int, int], ...]
-    rows: int
-    columns: int
-
-    def of(self, held: Tensor) -> Tensor:
-        """The matrix as a view of the parameter."""
-        for axis, index in sorted(self.fixed, reverse=True):
-            held = held.select(axis, index)
-        return held if self.rows < self.columns else held.T
-
-    def sizes(self, whole: Sequence[int], matrix: Tensor) -> list[int]:
-        """Sizes of the parameter if its matrices had the shape of another one."""
-        sizes = list(whole)
-        sizes[self.rows], sizes[self.columns] = matrix.shape
-        return sizes
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """A parameter with a number for each hidden feature of each expert: a bias.
-
-    Parameters
-    ----------
-    weight
-        Its name; (experts, features).
-    experts
-        Its row for each expert.
-    labels
-        Of a row's numbers.
-    nodes
-        What stands between it and where it is applied.
-    """
-
-    weight: str
-    experts: tuple[int, ...]
-    labels: Tensor
-    nodes: tuple[fx.Node, ...]
 
 
 class Mixture(Block):
@@ -168,51 +100,17 @@ class Mixture(Block):
     def place(self, site: LinearSite) -> Place:
         """Where the matrix of a linear lies in its parameter; Refused if that cannot be told."""
         if site.name not in self._places:
-            places = {self._place(site, use) for use in site.uses}
+            weights = self.edit.weights
+            if released := next((n for n in site.weights if is_released(weights[n])), None):
+                raise WeightError(
+                    f"the dense weight '{released}' of '{site.name}' was released before '{self.name}' was made smaller; "
+                    "load the model again"
+                )
+            places = {place_of(site, use, weights) for use in site.uses}
             if len(places) != 1:
                 raise Refused(f"'{site.name}' reads its matrix in several ways")
             self._places[site.name] = places.pop()
         return self._places[site.name]
-
-    def _place(self, site: LinearSite, use: Use) -> Place:
-        if use.addend is not None:
-            raise Refused(f"'{site.name}' cannot be made anew: the product adds '{use.addend.name}', which is computed")
-        source, *chain = self._chain(use.weight)
-        name = str(source.target)
-        held = self.edit.weights[name]
-        if held.untyped_storage().nbytes() == 0 and held.numel():
-            raise WeightError(
-                f"the dense weight of '{site.name}' was released before '{self.name}' was made smaller; load the model again"
-            )
-        rows: list[int] = []
-        columns: list[int] = []
-        fixed: list[tuple[int, int]] = []
-        for axis, size in enumerate(held.shape):
-            numbers = torch.arange(size).view([-1 if i == axis else 1 for i in range(held.ndim)])
-            value: Any = numbers.expand(held.shape)  # which takes no memory, nor do the steps
-            for node in chain:
-                value = value if node.target in _SAME else node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-            matrix = as_matrix(value, use)
-            for found, line in ((rows, matrix[:, 0]), (columns, matrix[0])):
-                if len(line) > 1 and torch.equal(line, torch.arange(size)):
-                    found.append(axis)
-            if not {axis} & {*rows, *columns}:
-                fixed.append((axis, int(matrix[0, 0])))
-        if len(rows) != 1 or len(columns) != 1 or rows == columns:
-            raise Refused(f"the matrix of '{site.name}' does not lie along two dimensions of '{name}'")
-        return Place(name, tuple(fixed), rows[0], columns[0])
-
-    def _chain(self, node: Any) -> list[fx.Node]:
-        """The value of a parameter and what stands between it and its product, none of which names its sizes."""
-        found: list[fx.Node] = []
-        while node.op == "call_function":
-            taken = node.target in _TAKES or getattr(node.target, "__name__", "") == "getitem"
-            if node.target not in _SAME | _TURNS and not taken:
-                kind = getattr(node.target, "_opname", node.target)
-                raise Refused(f"its matrices come from '{node.name}' ({kind}), which is not followed")
-            found.append(node)
-            node = node.args[0]
-        return [node, *reversed(found)]
 
     def _bias(self, site: LinearSite) -> str | None:
         """Name of the parameter that is the bias of a linear and of nothing else."""
@@ -284,7 +182,7 @@ class Mixture(Block):
     def _numbers(self, labels: Tensor, node: fx.Node, operand: fx.Node) -> Numbers:
         """A parameter with a row for each expert, as it is added to (or multiplied with) hidden features; Refused if it is none."""
         path: list[fx.Node] = [operand]
-        while path[-1].op == "call_function" and path[-1].target in _UNMOVED | _LOOKUPS:
+        while path[-1].op == "call_function" and path[-1].target in UNMOVED | _LOOKUPS:
             path.append(path[-1].args[0])  # type: ignore[arg-type]
         source, below = path[-1], path[:-1]
         name = str(source.target)
@@ -295,7 +193,7 @@ class Mixture(Block):
         experts = [self.place(roles["down"].site).fixed for roles in self.experts]
         line = labels.reshape(-1, labels.shape[-1])[0]
         numbered = all(len(fixed) == 1 for fixed in experts) and held.ndim == 2 and held.shape[0] == len(experts)
-        if not numbered or held.shape[1] != len(line) or held.untyped_storage().nbytes() == 0:
+        if not numbered or held.shape[1] != len(line) or is_released(held):
             raise Refused(why)
         if others := [n for n in self.edit.readers.get(name, {}) if n not in (node, *below)]:
             raise Refused(f"{why}, and '{others[0].name}' reads '{name}' too")
@@ -359,7 +257,7 @@ class Mixture(Block):
         ends = {use.node for roles in self.experts for use in roles["down"].site.uses}
         for site in self.linears.values():
             for use in site.uses:
-                chain = self._chain(use.weight)
+                chain = chain_of(use.weight)
                 for node in (*chain, *(use.routing.nodes if use.routing is not None else ()), use.product, use.node):
                     node.meta[BLOCK] = self.name
                     node.meta.pop("val", None)

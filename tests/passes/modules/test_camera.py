@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from recast.passes.calibrate import Calibration
 from recast.passes.forms import Form, Stats
 from recast.passes.forms.registry import module_forms
 from recast.passes.modules.camera import energies
+from recast.passes.modules.mixture import _in_runs
 from recast.passes.plan import Plan
 from recast.patterns.errors import FormError, RecipeError, VerificationError
 from recast.patterns.program import Program
@@ -319,16 +321,16 @@ def test_few_tokens_are_told_of() -> None:
 
 
 def test_verification_compares_experts_with_their_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recast.passes.modules import mixture
+    from recast.passes.modules.place import Place
 
     program, calibration = captured(Mixture("mixtral"))
     decided = planned(program, "camera(0.75)", calibration)
-    sizes = mixture.Place.sizes
+    sizes = Place.sizes
 
-    def wrong(self: mixture.Place, whole: torch.Size, matrix: Tensor) -> list[int]:
+    def wrong(self: Place, whole: torch.Size, matrix: Tensor) -> list[int]:
         return sizes(self, whole, matrix.mul_(1.001))
 
-    monkeypatch.setattr(mixture.Place, "sizes", wrong)
+    monkeypatch.setattr(Place, "sizes", wrong)
     with pytest.raises(VerificationError, match=r"block 'mlp' computes something else than it was fitted to"):
         recast.rewrite(program, decided, progress=False)
 
@@ -359,6 +361,82 @@ def test_it_is_a_form_of_mixtures() -> None:
     program, _ = captured(Mixture("mixtral"))
     with pytest.raises(FormError, match=r"'mlp' is fitted to what flows through it; pass statistics"):
         planned(program, "camera(0.75)", None)
+
+
+class Apart(nn.Module):
+    """Experts with linears of their own, which every token enters."""
+
+    def __init__(self, *, bias: bool = True, widths: tuple[int, ...] = (WIDTH,) * EXPERTS) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(HIDDEN, len(widths), bias=False)
+        self.ups = nn.ModuleList(nn.Linear(HIDDEN, width, bias=bias) for width in widths)
+        self.downs = nn.ModuleList(nn.Linear(width, HIDDEN, bias=bias) for width in widths)
+
+    def between(self, e: int, h: Tensor) -> Tensor:
+        return h
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(2, -1)
+        y = x
+        for e, (up, down) in enumerate(zip(self.ups, self.downs, strict=True)):
+            mine = ((chosen == e) * weights).sum(-1, keepdim=True)
+            y = y + mine * down(self.between(e, torch.relu(up(x))))
+        return y
+
+
+def test_experts_with_linears_of_their_own_and_biases() -> None:
+    model = Apart()
+    _, smaller = rewritten(model, "camera(0.75, alpha=0, refit=false)")
+    x = torch.cat([b.flatten(0, 1) for b in BATCHES])
+    with torch.no_grad():
+        for up, down in zip(model.ups, model.downs, strict=True):
+            energy = torch.relu(up(x)).square().sum(0) * down.weight.square().sum(0)
+            down.weight[:, energy.argsort()[: WIDTH - KEPT]] = 0
+        assert_close(smaller(data()), model(data()), terms=HIDDEN * WIDTH)
+    assert [smaller.weights[f"ups.{e}.bias"].shape for e in range(EXPERTS)] == [(KEPT,)] * EXPERTS
+    assert {row.name for row in smaller.report.rows} == {recast.find(captured(Apart())[0], "moe")[0].name}
+
+
+class Scaled(Apart):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(WIDTH))
+
+    def between(self, e: int, h: Tensor) -> Tensor:
+        return h * self.scale
+
+
+class Summed(Apart):
+    def between(self, e: int, h: Tensor) -> Tensor:
+        return h + self.ups[e].weight.sum(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Scaled, "'scale' holds a number for each feature, which 'mul"),
+        (Summed, "'ups.0.weight' is also read by 'add"),
+        (lambda: Apart(widths=(WIDTH, 12, WIDTH)), "its experts have inner widths from 12 to 20"),
+    ],
+)
+def test_what_cannot_be_followed_stays_with_the_reason(make: Callable[[], nn.Module], reason: str) -> None:
+    program, calibration = captured(make())
+    name = recast.find(program, "moe")[0].name
+    decided = planned(program, "camera(0.75)", calibration)
+    assert not decided.entries
+    assert any(s.name == name and reason in s.reason for s in decided.skipped), decided.skipped
+
+
+def test_experts_may_keep_features_of_their_own_only_where_all_are_treated_alike() -> None:
+    wanted = torch.arange(4)
+    for whole in ([0, 1, 2, 3], [0, 1, 2, 3, 0, 1, 2, 3], [0, 0, 1, 1, 2, 2, 3, 3]):
+        line = torch.tensor(whole)
+        assert _in_runs(line.expand(3, -1), wanted)
+        assert _in_runs(line.view(1, -1, 1).expand(4, -1, 8), wanted)
+    for part in ([0, 1], [0, 1, 3, 2], [0, 1, 0, 1, 2, 3, 2, 3], [0, 1, 2, 3, -1]):
+        assert not _in_runs(torch.tensor(part).expand(3, -1), wanted)
+    assert not _in_runs(torch.tensor([[0, 1, 2, 3], [0, 1, 2, -1]]), wanted)
 
 
 def test_energies_are_those_of_the_formula() -> None:
