@@ -14,7 +14,7 @@ from recast.passes.forms.stats import Stats, all_finite
 from recast.passes.modules.flow import Picks, Refused, Way, spread
 from recast.patterns.errors import FormError, WeightError
 from recast.patterns.recognise import recognise
-from recast.patterns.sites import AttentionSite, LinearSite, MLPSite, MoESite, Piece, RotarySite, Site
+from recast.patterns.sites import AttentionSite, LinearSite, MLPSite, MoESite, Piece, RotarySite
 
 __all__ = ["Block", "labels_of_rows"]
 
@@ -141,7 +141,7 @@ class Block:
         found = recognise(self.edit.program, self.edit.constants).sites
         return [site for site in found if isinstance(site, RotarySite)]
 
-    def product(self, site: Site) -> fx.Node:
+    def product(self, site: MLPSite | AttentionSite | MoESite) -> fx.Node:
         """Where queries and keys of an attention are multiplied."""
         query: fx.Node | None = getattr(site, "query", None)
         users = list(query.users) if query is not None else []

@@ -80,7 +80,7 @@ class _StoodIn(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "get_attr":
-            return self.weights[n.target] if n.target in self.weights else super().run_node(n)  # type: ignore[index]
+            return self.weights[n.target] if n.target in self.weights else super().run_node(n)
         if n not in self.inside:
             return self.known.get(n.name)
         value = super().run_node(n)

@@ -291,10 +291,11 @@ def _sliced(node: fx.Node, dim: int, way: Way, left: dict[fx.Node, list[list[int
         return node.args
     given: list[Any] = [*node.args[2:], None, None][:2]
     step: Any = node.args[4] if len(node.args) > 4 else 1
-    if not any(isinstance(n, fx.Node) for n in (*given, step)) and step != 1:  # gate and up in turns, for one
-        line = labels.movedim(dim, -1).reshape(-1, labels.shape[dim])[0]
-        taken = line[slice(*given, step)]
-        if torch.equal(line[stays(line, kept)][slice(*given, step)], taken[stays(taken, kept)]):
+    if step != 1 and not any(isinstance(n, fx.Node) for n in (*given, step)):  # gate and up in turns, for one
+        lines = labels.movedim(dim, -1).reshape(-1, labels.shape[dim])
+        taken, stay = lines[0][given[0] : given[1] : step], stays(lines[0], kept)
+        alike = torch.equal(lines[0][stay][given[0] : given[1] : step], taken[stays(taken, kept)])
+        if alike and bool((lines == lines[0]).all()):
             return node.args
     if any(isinstance(n, fx.Node) for n in given) or step != 1:
         raise Refused(f"'{node.name}' takes features at places that are computed, or every so many")

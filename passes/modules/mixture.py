@@ -51,7 +51,8 @@ class Mixture(Block):
         """The linear of an expert in a role, ``0.gate``; Refused unless its matrix can be replaced by a smaller one."""
         if role not in self.pieces:
             raise Refused(f"no linear is known as the {role.partition('.')[2]} of its experts")
-        return self.pieces[role]
+        piece: Piece = self.pieces[role]
+        return piece
 
     def role(self, expert: int, name: str) -> str:
         """A role that an expert has a linear in."""

@@ -44,6 +44,14 @@ class Packed(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
+class Woven(Packed):
+    """Gate and up in one matrix, in turns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.gate_up(x)
+        return x + self.down(F.silu(both[..., ::2]) * both[..., 1::2])
+
+
 class Flat(nn.Module):
     """The hidden values flattened over tokens and back, as `addmm` in GPT-2 has them; weights lie transposed."""
 

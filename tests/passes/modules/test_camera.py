@@ -247,6 +247,17 @@ def test_forms_of_matrices_follow_on_the_smaller_ones() -> None:
     assert torch.equal(again(data()), smaller(data()))
 
 
+def test_shared_experts_are_feed_forward_blocks() -> None:
+    rules = [{"match": "*", "form": "camera(0.75)"}, {"match": "*", "form": "nystrom(0.5)"}]
+    program, smaller = rewritten(Mixture("qwen2_moe"), {"rules": rules})
+    assert {row.name: row.form for row in smaller.report.rows} == {
+        "mlp": "camera(ratio=0.75)", "mlp.shared_expert": "nystrom(ratio=0.5)",
+    }  # fmt: skip
+    assert smaller.weights["mlp.shared_expert.up_proj.weight"].shape == (6, HIDDEN)
+    assert smaller.weights["mlp.experts.down_proj"].shape == (EXPERTS, HIDDEN, KEPT)
+    assert (smaller(data()) - program(data())).norm() < 0.5 * (program(data()) - data()).norm()
+
+
 def test_statistics_of_the_smaller_model_are_those_gathered_on_it() -> None:
     from recast.passes.modules.apply import make_smaller
 

@@ -20,7 +20,7 @@ from recast.passes.plan import Plan
 from recast.patterns.errors import FormError, PlanError, RecipeError, VerificationError
 from recast.patterns.program import Program
 from tests.helpers import assert_close
-from tests.passes.modules.models import HIDDEN, WIDTH, Blocks, Flat, Gated, Packed, Plain, captured, inputs
+from tests.passes.modules.models import HIDDEN, WIDTH, Blocks, Flat, Gated, Packed, Plain, Woven, captured, inputs
 
 KEPT = 30  # of HIDDEN, at a ratio of 0.75
 
@@ -80,7 +80,7 @@ def test_rewritten_block_is_least_squares_on_the_features_kept() -> None:
 # ------------------------------------------------------------------ through the library
 
 
-@pytest.mark.parametrize("make", [Plain, Gated, Packed, Flat])
+@pytest.mark.parametrize("make", [Plain, Gated, Packed, Woven, Flat])
 def test_what_is_reported_is_what_runs(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     program, smaller, _calibration = rewritten(make())
