@@ -127,8 +127,9 @@ class Mixture(Block):
         """Refuse parameters that something else reads, or holds a part of."""
         held: dict[str, int] = {}
         own: dict[str, set[fx.Node]] = {}
+        lasts = {roles["down"].site.name for roles in self.experts}
         for site in self.linears.values():
-            bias = self._bias(site)
+            bias = self._bias(site) if site.name not in lasts else None
             for name in [self.place(site).weight] + ([] if bias is None else [bias]):
                 nodes = own.setdefault(name, set())
                 for use in site.uses:
@@ -245,8 +246,7 @@ class Mixture(Block):
             held = self.edit.weights[place.weight]
             whole = made.setdefault(place.weight, held.new_empty(place.sizes(held.shape, new.matrix)))
             place.of(whole).copy_(new.matrix)
-            bias = self._bias(self.linears[name])
-            if bias is not None and new.bias is not None:
+            if new.bias is not None and (bias := self._bias(self.linears[name])) is not None:
                 made[bias] = new.bias
         for name, value in made.items():
             held = self.edit.weights[name]

@@ -409,6 +409,37 @@ def test_experts_with_linears_of_their_own_and_biases() -> None:
     assert {row.name for row in smaller.report.rows} == {recast.find(captured(Apart())[0], "moe")[0].name}
 
 
+class Picked(Apart):
+    """Matrices and the last biases picked from stacks, one by one."""
+
+    def __init__(self) -> None:
+        super().__init__(bias=False)
+        self.first = nn.Parameter(torch.stack([up.weight for up in self.ups]))
+        self.last = nn.Parameter(torch.stack([down.weight.T for down in self.downs], 1))  # (inner, experts, outer)
+        self.offset = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+        del self.ups, self.downs
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(2, -1)
+        y = x
+        for e in range(EXPERTS):
+            mine = ((chosen == e) * weights).sum(-1, keepdim=True)
+            h = torch.relu(nn.functional.linear(x, self.first[e]))
+            y = y + mine * nn.functional.linear(h, self.last[:, e].T, self.offset[e])
+        return y
+
+
+def test_matrices_picked_one_by_one_from_stacks_of_any_order() -> None:
+    program, smaller = rewritten(Picked(), "camera(0.75)")
+    assert smaller.weights["first"].shape == (EXPERTS, KEPT, HIDDEN)
+    assert smaller.weights["last"].shape == (KEPT, EXPERTS, HIDDEN)
+    assert torch.equal(smaller.weights["offset"], program.weights["offset"])
+    _, apart = rewritten(Apart(bias=False), "camera(0.75)")
+    for e in range(EXPERTS):
+        assert torch.equal(smaller.weights["first"][e], apart.weights[f"ups.{e}.weight"])
+        assert_close(smaller.weights["last"][:, e].T, apart.weights[f"downs.{e}.weight"], terms=480, factor=1e3)
+
+
 class Scaled(Apart):
     def __init__(self) -> None:
         super().__init__()
