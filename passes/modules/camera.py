@@ -36,9 +36,10 @@ class Camera(ModuleForm):
     Notes
     -----
     Xu et al., CAMERA: Multi-Matrix Joint Compression for MoE Models via Micro-Expert Redundancy Analysis (arXiv 2508.02322),
-    CAMERA-P, which has no fit (``refit=false``) and whose code sets features to zero. Where we differ: the features of each expert are ranked by
-    themselves and all experts keep equally many, so that stacks of experts stay stacks; there all features of a layer, shared
-    experts with them, are ranked together. Weights of the router do not enter the energy: statistics do not have them.
+    CAMERA-P, which has no fit (``refit=false``) and whose code sets features to zero. Where we differ: the features of each expert
+    are ranked by themselves and all experts keep equally many, so that stacks of experts stay stacks; there all features of a
+    layer, shared experts with them, are ranked together. Weights of the router do not enter the energy: statistics do not have
+    them.
 
     Examples
     --------
