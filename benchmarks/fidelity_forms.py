@@ -161,7 +161,18 @@ def _activations() -> list[Family]:
 def _experts() -> list[Family]:
     """Of the mixture alone: what the experts of a layer share."""
     one = ("shared_atoms(1)",)
+    smaller = [
+        family
+        for share in CUTS
+        for family in (
+            Family(
+                "camera, experts", "experts", (f"camera(ratio={share:.3f})",), (share,), scope="experts", block="moe"
+            ),
+            Family("low_rank, experts", "experts", _ratios("low_rank(ratio={})"), (share,), scope="experts"),
+        )
+    ]
     return [
+        *smaller,
         Family("experts averaged", "experts", one, (), scope="experts"),
         Family("experts merged to one", "experts", ("merged(1)",), (), scope="experts"),
         Family("experts merged to half", "experts", ("merged(3)",), (), scope="experts"),

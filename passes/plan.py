@@ -341,8 +341,8 @@ def _under_budget(
     total = sum(targets[n].matrix.nbytes for n in names)
     costs = [[targets[n].matrix.nbytes, *(e.bytes_after for e in options[n])] for n in names]
     seen = [stats.tokens if (stats := targets[n].stats) is not None else 0 for n in names]
-    # An expert that few tokens visit adds little to what is lost; where nothing was measured all count the same.
-    shares = [tokens / max(seen) for tokens in seen] if all(seen) else [1.0] * len(names)
+    # An expert that few tokens visit adds little to what is lost, but for one that none did something must be taken.
+    shares = [(tokens + 1) / (max(seen) + 1) for tokens in seen]
     errors = [
         [0.0, *(share * e.predicted_error**2 for e in options[n])] for n, share in zip(names, shares, strict=True)
     ]

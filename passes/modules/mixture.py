@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from recast.passes.calibration import Calibration
 from recast.passes.exact import Edit
-from recast.passes.forms.stats import Stats
+from recast.passes.forms.stats import Stats, all_finite
 from recast.passes.modules.block import Block, labels_of_rows
 from recast.passes.modules.flow import Picks, Refused, Way, narrow, spread
 from recast.passes.modules.form import Fit
@@ -70,7 +70,7 @@ class Mixture(Block):
         """The whole matrix of a linear, a view of its parameter."""
         site = self.piece(role).site
         matrix = self.place(site).of(self.edit.weights[self.place(site).weight].detach())
-        if not bool(torch.isfinite(matrix).all()):
+        if not all_finite(matrix):
             raise WeightError(
                 f"'{site.name}' in '{self.name}' holds values that are NaN or infinite; "
                 "repair the checkpoint or leave this block out"
