@@ -1,4 +1,4 @@
-"""Gated inputs: the cut, the operation, and the Triton kernels (interpreted where there is no GPU)."""
+"""Gated inputs: the cut, products with columns, and their Triton kernels (interpreted where there is no GPU)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch import Tensor
 
 import recast
 from recast.kernels.gated_matmul import reference
-from recast.kernels.gated_matmul.gated_op import gated_matmul
-from recast.kernels.gated_matmul.launch import FEW, launch
+from recast.kernels.gated_matmul.gated_op import columns_matmul, gate_cuts
+from recast.kernels.gated_matmul.launch import FEW, launch_columns, launch_cuts
 from tests.helpers import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def columns_of(n: int, m: int, dtype: torch.dtype) -> Tensor:
@@ -22,89 +23,93 @@ def columns_of(n: int, m: int, dtype: torch.dtype) -> Tensor:
     return around[:, 3 : 3 + m]
 
 
-def expected(x: Tensor, columns: Tensor, keep: Tensor) -> Tensor:
-    return torch.where(keep, x, 0).double() @ columns.double()
+def inputs(tokens: int, n: int, dtype: torch.dtype) -> Tensor:
+    """(tokens, n), half of them zero, between NaN."""
+    x = torch.full((tokens, n + 30), float("nan"), dtype=dtype, device=DEVICE)[:, 20 : 20 + n]
+    return x.copy_(torch.randn(tokens, n) * (torch.rand(tokens, n) < 0.5))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
-@pytest.mark.parametrize("splits", [1, 3])
-def test_kernel_by_number(tokens: int, splits: int, dtype: torch.dtype) -> None:
-    columns = columns_of(100, 141, dtype)
-    norms = columns.float().norm(dim=1)
-    x = torch.full((tokens, 130), float("nan"), dtype=dtype, device=DEVICE)[:, 20:120]
-    x.copy_(torch.randn(tokens, 100))
-    bias = torch.randn(141, device=DEVICE).to(dtype)
-    y = launch(x, columns, norms, 37, None, bias, splits=splits)
-    scores = x.float().abs() * norms
-    keep = scores >= scores.sort(descending=True).values[:, 36:37]
-    assert int(keep.sum()) >= 37 * tokens
-    assert_close(y, expected(x, columns, keep) + bias.double(), terms=38)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", range(1, FEW + 1))
+@pytest.mark.parametrize("splits", [1, 3, None])
+def test_kernel_of_columns(tokens: int, splits: int | None, dtype: torch.dtype) -> None:
+    columns, x = columns_of(100, 301, dtype), inputs(tokens, 100, dtype)
+    bias = torch.randn(301, device=DEVICE).to(dtype)
+    y = launch_columns(x, columns, bias, splits=splits)
+    assert_close(y, x.double() @ columns.double() + bias.double(), terms=101)
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_kernel_by_threshold(tokens: int) -> None:
-    columns = columns_of(63, 60, torch.bfloat16)
-    x = torch.randn(tokens, 63, device=DEVICE).to(torch.bfloat16)
-    x[0, 5] = 0.5  # not above it
-    y = launch(x, columns, None, 20, 0.5, None)
-    assert_close(y, expected(x, columns, x.abs() > 0.5), terms=63)
-
-
-@pytest.mark.parametrize("kept", [1, 5, 100])
-def test_the_cut_among_equal_and_zero_scores(kept: int) -> None:
-    values = torch.tensor([0.0, 1.0, -1.0, 1e-30, 3e38, 2.0, -2.0, 0.0]).repeat(13)[:100]
-    x = torch.stack([values, torch.zeros(100), torch.full((100,), -7.0)]).to(DEVICE)
-    columns = torch.eye(100, device=DEVICE)
-    y = launch(x, columns, None, kept, None, None)
-    cuts = x.abs().sort(descending=True).values[:, kept - 1 : kept]
-    assert torch.equal(y, torch.where(x.abs() >= cuts, x, 0))
-    assert torch.equal(reference.cuts_of(x, None, kept), cuts[:, 0])
-
-
-def test_columns_that_nobody_wants_are_not_read() -> None:
-    columns = columns_of(40, 33, torch.float32)
+def test_columns_of_zeros_are_not_read() -> None:
+    columns, x = columns_of(40, 33, torch.float32), torch.randn(2, 40, device=DEVICE)
     columns[7:30] = float("nan")
-    x = torch.randn(2, 40, device=DEVICE)
-    x[:, 7:30] *= 1e-6
-    y = launch(x, columns, None, 17, None, None)
-    assert bool(torch.isfinite(y).all())
+    x[:, 7:30] = 0
+    assert bool(torch.isfinite(launch_columns(x, columns, None)).all())
+    x[1, 9] = 1
+    assert bool(
+        torch.isnan(launch_columns(x, columns, None)).all()
+    )  # read for one of them, multiplied for both, as any product
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kept", [1, 37, 100])
+def test_kernel_of_cuts(kept: int, dtype: torch.dtype) -> None:
+    x, norms = inputs(3, 100, dtype), torch.rand(100, device=DEVICE)
+    for scale in (norms, None):
+        scores = x.float().abs() * (1 if scale is None else scale)
+        assert torch.equal(launch_cuts(x, scale, kept), scores.sort(descending=True).values[:, kept - 1])
+
+
+@pytest.mark.parametrize("kept", [1, 5, 13, 14, 100])
+def test_cuts_among_equal_and_extreme_scores(kept: int) -> None:
+    values = torch.tensor([0.0, 1.0, -1.0, 1e-42, 3e38, 2.0, -2.0, 0.0]).repeat(13)[:100]
+    x = torch.stack([values, torch.zeros(100), torch.full((100,), -7.0)]).to(DEVICE)
+    cuts = x.abs().sort(descending=True).values[:, kept - 1]
+    assert torch.equal(launch_cuts(x, None, kept), cuts)
+    assert torch.equal(reference.cuts_of(x, None, kept), cuts)
 
 
 @pytest.mark.parametrize("tokens", [(), (0,), (1,), (2, 2), (FEW + 1,)], ids=str)
-@pytest.mark.parametrize("threshold", [None, 0.7])
-def test_operation(tokens: tuple[int, ...], threshold: float | None) -> None:
+def test_operations(tokens: tuple[int, ...]) -> None:
     columns = columns_of(60, 33, torch.bfloat16)
-    norms = columns.float().norm(dim=1)
     x, bias = torch.randn(*tokens, 60, device=DEVICE).bfloat16(), torch.randn(33, device=DEVICE).bfloat16()
-    y = gated_matmul(x, columns, norms, 20, threshold, bias)
+    y = columns_matmul(x, columns, bias)
     assert y.shape == (*tokens, 33)
-    keep = reference.keeps(x, norms, 20, threshold)
-    assert_close(y, expected(x, columns, keep) + bias.double(), terms=61)
+    assert_close(y, x.double() @ columns.double() + bias.double(), terms=61)
+    cuts = gate_cuts(x, None, 20)
+    assert cuts.shape == (*tokens, 1)
+    assert torch.equal(cuts, x.float().abs().sort(descending=True).values[..., 19:20])
 
 
 @pytest.mark.parametrize("tokens", [2, FEW + 2])
-def test_operation_for_compilers_and_its_gradients(tokens: int) -> None:
+def test_operations_for_compilers_and_gradients(tokens: int) -> None:
     columns = torch.randn(20, 12, device=DEVICE)
     x = torch.randn(tokens, 20, device=DEVICE, requires_grad=True)
     bias = torch.randn(12, device=DEVICE, requires_grad=True)
     out = torch.randn(tokens, 12, device=DEVICE)
-    to_x, to_bias = torch.autograd.grad(gated_matmul(x, columns, None, 7, None, bias), (x, bias), out)
-    keep = reference.keeps(x, None, 7, None)
-    assert_close(to_x, torch.where(keep, out.double() @ columns.double().T, 0), terms=12)
+    to_x, to_bias = torch.autograd.grad(columns_matmul(x, columns, bias), (x, bias), out)
+    assert_close(to_x, out.double() @ columns.double().T, terms=12)
     assert_close(to_bias, out.double().sum(0), terms=tokens)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(gated_matmul, (x, columns, None, 7, None, bias), test_utils=checks)
+    torch.library.opcheck(columns_matmul, (x, columns, bias), test_utils=checks)
+    torch.library.opcheck(gate_cuts, (x.detach(), None, 7), test_utils=checks)
 
 
+@pytest.mark.parametrize("tokens", [3, FEW + 2])
 @pytest.mark.parametrize("text", ["wina(0.5)", "teal(0.5)", "wina(0.5) | int4"])
-def test_served_by_the_target(text: str) -> None:
+def test_served_by_the_target(text: str, tokens: int) -> None:
     from recast.lowering.triton.kernels import choose
     from recast.lowering.triton.serving.gated import GATED
 
     weight = torch.randn(24, 36, device=DEVICE)
-    operator = recast.Form.parse(text).fit(weight)
+    stats = recast.passes.forms.Stats.from_inputs(torch.randn(100, 36)) if "teal" in text else None
+    operator = recast.Form.parse(text).fit(weight, stats)
     kernel, packed, _ = choose(operator)
     assert (GATED in kernel) == ("|" not in text)
-    x = torch.randn(3, 36, device=DEVICE)
-    assert_close(packed.apply(x), operator.apply(x), terms=36)
+    x = torch.randn(tokens, 36, device=DEVICE, requires_grad=True)
+    wide = x.detach().requires_grad_()
+    assert_close(packed.apply(x), operator.apply(wide), terms=36)
+    packed.apply(x).sum().backward()
+    operator.apply(wide).sum().backward()
+    assert x.grad is not None
+    assert wide.grad is not None
+    assert_close(x.grad, wide.grad, terms=24)

@@ -13,6 +13,7 @@ from recast.lowering.triton.serving.armor import ARMOR
 from recast.lowering.triton.serving.blocks import BLOCKS
 from recast.lowering.triton.serving.dequantizing import DEQUANTIZING, WITH_LOW_RANK
 from recast.lowering.triton.serving.eight_bit import FLOATS, INTEGERS
+from recast.lowering.triton.serving.gated import GATED
 from recast.lowering.triton.serving.low_rank import LOW_RANK
 from recast.lowering.triton.serving.sparse24 import SPARSE24
 from recast.lowering.triton.serving.sparse24_codes import SPARSE24_CODES
@@ -30,6 +31,8 @@ FORMS = {
     "int4(group=16) + low_rank(rank=3)": WITH_LOW_RANK,
     "low_rank(rank=20) | int4(group=16)": DEQUANTIZING,
     "low_rank(rank=20)": LOW_RANK,
+    "wina(0.5)": GATED,
+    "teal(0.3)": GATED,
     "int4(group=20)": "aten (groups of 20 are no multiple of 16)",
     "int8(activations=true)": INTEGERS,
     "int8(activations=true, per_token=false)": INTEGERS,

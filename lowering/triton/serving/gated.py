@@ -1,4 +1,4 @@
-"""Weights of which each token reads some columns: `recast::gated_matmul`."""
+"""Weights of which each token reads some columns: `recast::gate_cuts` and `recast::columns_matmul`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from recast.kernels.gated_matmul.gated_op import gated_matmul
+from recast.kernels.gated_matmul.gated_op import columns_matmul, gate_cuts
+from recast.kernels.gated_matmul.reference import gated
 from recast.lowering.packed import Packed
 from recast.passes.forms.gated import Gated
 from recast.passes.forms.operator import Dense, Operator
@@ -27,7 +28,9 @@ def serve(operator: Operator) -> Packed | None:
         held["norms"] = operator.norms.float()
 
     def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        y: Tensor = gated_matmul(x, tensors["columns"], tensors.get("norms"), kept, threshold, None)
+        norms = tensors.get("norms")
+        cut = gate_cuts(x.detach(), norms, kept) if threshold is None else threshold
+        y: Tensor = columns_matmul(gated(x, norms, cut, strictly=threshold is not None), tensors["columns"], None)
         return y
 
     return Packed(operator, GATED, held, run)
