@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from recast.lowering.onnx.decomposed import Decomposed
 from recast.lowering.onnx.session import needed
+from recast.lowering.onnx.translations import translations
 from recast.patterns.errors import TargetError
 from recast.patterns.linear.packing import size_hint
 from recast.patterns.program import Program
@@ -123,6 +124,7 @@ def export(program: Program, sites: Mapping[str, str], opset: int) -> Any:
                     verbose=False,
                     input_names=[str(names[i]) for i in positions],
                     output_names=[str(kinds[i][1]) for i in results],
+                    custom_translation_table=translations(),
                 )
 
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recast.passes.forms.linear_algebra import gram_root, leading_subspace, pseudo_inverse, solve_positive
+from recast.passes.forms.linear_algebra import gram_root, leading_subspace, pseudo_inverse
 
 __all__ = ["fit_dictionary", "pursue"]
 
@@ -97,21 +97,47 @@ def pursue(signals: Tensor, dictionary: Tensor, nonzeros: int) -> tuple[Tensor, 
 
 
 def _pursue(met: Tensor, inner: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
+    """Code by the products of signals with atoms (m, k) and of atoms with each other (k, k).
+
+    The Cholesky factor of each signal's system grows by the atoms that join, and so does what is solved forwards (Rubinstein,
+    Zibulevsky and Elad 2008): all steps together cost what the last system alone would.
+    """
+    m = len(met)
     codes = torch.zeros_like(met)
     mask = torch.zeros_like(met, dtype=torch.bool)
-    chosen = torch.empty(len(met), 0, dtype=torch.int64, device=met.device)
+    chosen = torch.empty(m, 0, dtype=torch.int64, device=met.device)
     at_once = -(-nonzeros // _STEPS)
-    while chosen.shape[1] < nonzeros:
+    factor = met.new_zeros(m, nonzeros, nonzeros)
+    forward = met.new_zeros(m, nonzeros, 1)
+    while (done := chosen.shape[1]) < nonzeros:
         left = (met - codes @ inner).abs().masked_fill(mask, -1)
-        more = left.topk(min(at_once, nonzeros - chosen.shape[1]), dim=1).indices
-        chosen = torch.cat([chosen, more], 1)
+        more = left.topk(min(at_once, nonzeros - done), dim=1).indices
+        end = done + more.shape[1]
         mask = mask.scatter(1, more, True)
-        system = inner[chosen.unsqueeze(2), chosen.unsqueeze(1)]
-        # Atoms may be alike: the ridge is far below what rounding leaves of the fit.
-        ridge = 1e-12 * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-        values = solve_positive(system + ridge, met.gather(1, chosen).unsqueeze(2)).squeeze(2)
+        known = factor[:, :done, :done]
+        across = torch.linalg.solve_triangular(known, inner[chosen.unsqueeze(2), more.unsqueeze(1)], upper=False)
+        own = _lower(inner[more.unsqueeze(2), more.unsqueeze(1)] - across.transpose(1, 2) @ across)
+        factor[:, done:end, :done], factor[:, done:end, done:end] = across.transpose(1, 2), own
+        rest = met.gather(1, more).unsqueeze(2) - across.transpose(1, 2) @ forward[:, :done]
+        forward[:, done:end] = torch.linalg.solve_triangular(own, rest, upper=False)
+        chosen = torch.cat([chosen, more], 1)
+        whole = factor[:, :end, :end].transpose(1, 2)
+        values = torch.linalg.solve_triangular(whole, forward[:, :end], upper=True).squeeze(2)
         codes = torch.zeros_like(met).scatter(1, chosen, values)
     return codes, mask
+
+
+def _lower(systems: Tensor) -> Tensor:
+    """Cholesky factors of what joins, of atoms of length one: a ridge stands for what atoms that are alike leave of it."""
+    eye = torch.eye(systems.shape[-1], dtype=systems.dtype, device=systems.device)
+    factors, failed = torch.linalg.cholesky_ex(systems + 1e-12 * eye)
+    for ridge in (1e-9, 1e-6, 1e-3, 1.0):
+        bad = failed > 0
+        if not bool(bad.any()):
+            break
+        factors[bad], failed[bad] = torch.linalg.cholesky_ex(systems[bad] + ridge * eye)
+    # Below zero by more than rounding: the factor so far is of no use for these, and what joins counts for itself.
+    return torch.where((failed > 0)[:, None, None], eye, factors)
 
 
 def _learn(signals: Tensor, codes: Tensor, mask: Tensor, dictionary: Tensor) -> tuple[Tensor, Tensor, float]:
