@@ -54,3 +54,21 @@ def test_one_fit(rows: Any, what: str) -> None:
     assert found["weight_bytes"] == 48 * 64 * 4
     if "data" in what:
         assert found["output_error"] < found["weight_error"]
+
+
+def test_minutes_of_armor(rows: Any) -> None:
+    from rich.console import Console
+
+    measure = importlib.import_module("benchmarks.armor_time").measure
+    found = measure(64, 0.01, 1e-3, Console(quiet=True))
+    assert found["iterations"] > 3
+    assert 0 < found["left"] < 1
+    assert [point["iterations"] for point in found["curve"]][-1] == found["iterations"]
+
+
+def test_a_mark_in_times_of_another_row(rows: Any) -> None:
+    plain, copy = "int4(clip=false)", rows.COPY
+    common = {"shape": [4096, 11008], "weight_bytes": 4096 * 11008 * 4, "peak_bytes": 0}
+    for seconds, met in ((0.25, True), (0.4, False)):
+        found = rows.held([{"name": plain, "seconds": seconds} | common, {"name": copy, "seconds": 0.1} | common])
+        assert [(mark["at most"], mark["met"]) for mark in found] == [(pytest.approx(0.3), met)]

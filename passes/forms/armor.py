@@ -114,7 +114,13 @@ class ArmorForm(NamedForm):
         outer, inner = (torch.empty(-(-side // d), d, d, dtype=dtype, device="meta") for side in (m, n))
         return Armor(_blocks(outer, m), Product(outline_nm(shape, dtype, 2, 4), _blocks(inner, n)))
 
-    def solve(self, weight: Tensor, stats: Stats | None) -> Armor:
+    def search(self, weight: Tensor, stats: Stats | None) -> tuple[ArmorSearch, Tensor, Tensor]:
+        """Set up the search for a weight (m, n).
+
+        Returns
+        -------
+        The search, not begun, and the norms that rows (m,) and columns (n,) of the weight were divided by.
+        """
         m, n = weight.shape
         d = self.size((m, n))
         extra = (0, -n % d, 0, -m % d)
@@ -130,15 +136,14 @@ class ArmorForm(NamedForm):
             mask.clone(),
             eye.repeat(target.shape[1] // d, 1, 1),
         )
-        search = ArmorSearch(
-            target,
-            torch.nn.functional.pad(energy, (0, -n % d)),
-            begin,
-            n,
-            rate=self.rate,
-            greedy=self.greedy,
-            seed=self.seed,
-        )
+        weights = torch.nn.functional.pad(energy, (0, -n % d))
+        search = ArmorSearch(target, weights, begin, n, rate=self.rate, greedy=self.greedy, seed=self.seed)
+        return search, rows, columns
+
+    def solve(self, weight: Tensor, stats: Stats | None) -> Armor:
+        m, n = weight.shape
+        d = self.size((m, n))
+        search, rows, columns = self.search(weight, stats)
         found = search.run(self.iterations)
         left = found.left * _filled(rows, d).reshape(-1, d, 1)
         right = found.right * _filled(columns, d).reshape(-1, 1, d)

@@ -179,8 +179,7 @@ class ArmorSearch:
             if kept is not None and time.monotonic() - saved > SAVE_EVERY:
                 kept.save(name, *self._state())
                 saved = time.monotonic()
-            loss = self._step()
-            self.losses.append(loss)
+            loss = self.advance()
             self._stale = 0 if loss < self._least * (1 - _RTOL) - _ATOL else self._stale + 1
             self._least = min(self._least, loss)
             self._done = step + 1
@@ -192,6 +191,12 @@ class ArmorSearch:
         if kept is not None and time.monotonic() - begun > SAVE_EVERY:
             kept.save(name, *self._state())  # the fit may hold another search, which may be interrupted
         return self.factors if self.loss() <= self._lowest else self._best
+
+    def advance(self) -> float:
+        """Take one step; returns the loss at its beginning, which `losses` then ends with."""
+        loss = self._step()
+        self.losses.append(loss)
+        return loss
 
     def _name(self, iterations: int) -> str:
         """What the search is of: its beginning and its settings."""
