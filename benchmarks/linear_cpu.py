@@ -52,6 +52,8 @@ def contestants(weight: Tensor) -> Iterator[Contestant]:
     yield from _of_onnx_runtime(weight)
     for text in FORMS:
         yield _of_recast(text, weight)
+        if text.startswith("int"):
+            yield _of_recast(text, weight, rounded=True)
 
 
 def _copies(parts: Any, nbytes: int, clone: Callable[[Any], Any]) -> list[Any]:
@@ -123,20 +125,21 @@ def _of_onnx_runtime(weight: Tensor) -> Iterator[Contestant]:
         )
 
 
-def _of_recast(text: str, weight: Tensor) -> Contestant:
+def _of_recast(text: str, weight: Tensor, *, rounded: bool = False) -> Contestant:
     from recast.lowering.inductor.weight_only import weight_only
 
     operator = Form.parse(
         text.replace("group", "clip=false, group") if text.startswith("int") and "group" in text else text
     )
-    packed = weight_only(operator.fit(weight))
+    packed = weight_only(operator.fit(weight), rounded=rounded)
     assert packed is not None
     nbytes = sum(tensor.nbytes for tensor in packed.held.values())
 
     def clone(held: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in held.items()}
 
-    return Contestant(f"recast {text}", _copies(packed.held, nbytes, clone), packed.run, nbytes)
+    name = f"recast {text}" + ", x in int8" * rounded
+    return Contestant(name, _copies(packed.held, nbytes, clone), packed.run, nbytes)
 
 
 def bandwidth() -> float:

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["compiler", "load_library", "why_not"]
+from recast.kernels.kept import cache_directory
+
+__all__ = ["compiler", "library_of", "load_library", "why_not"]
 
 # No -ffast-math: gcc 12 then reorders sums that were written in the order that suits the registers, with three times the code.
 _FLAGS = (
@@ -55,6 +57,19 @@ def why_not() -> str | None:
     if compiler() is None:
         return "no C compiler: gcc or clang would do"
     return None
+
+
+@functools.cache
+def library_of(source: Path) -> ctypes.CDLL | str:
+    """A C source as a library, kept where recast keeps things; or why there is none."""
+    reason = why_not()
+    if reason is not None:
+        return reason
+    folder = cache_directory()
+    try:
+        return load_library(source, None if folder is None else folder / "native")
+    except OSError as error:
+        return str(error)
 
 
 def load_library(source: Path, folder: Path | None) -> ctypes.CDLL:

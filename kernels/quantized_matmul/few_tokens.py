@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recast.kernels.kept import cache_directory
-from recast.kernels.native import load_library, why_not
+from recast.kernels.native import library_of
 from recast.kernels.quantized_matmul.blocks import BLOCK
 
 __all__ = ["few_tokens", "unavailable", "write_out"]
@@ -27,17 +26,11 @@ class _Product(ctypes.Structure):
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The compiled source, or why there is none."""
-    reason = why_not()
-    if reason is not None:
-        return reason
-    folder = cache_directory()
-    try:
-        library = load_library(Path(__file__).with_suffix(".c"), None if folder is None else folder / "native")
-    except OSError as error:
-        return str(error)
-    library.few_tokens.argtypes = [ctypes.POINTER(_Product)]
-    library.write_out.argtypes = [ctypes.POINTER(_Product), ctypes.c_void_p, *[ctypes.c_int64] * 3]
-    library.few_tokens.restype = library.write_out.restype = None
+    library = library_of(Path(__file__).with_suffix(".c"))
+    if not isinstance(library, str):
+        library.few_tokens.argtypes = [ctypes.POINTER(_Product)]
+        library.write_out.argtypes = [ctypes.POINTER(_Product), ctypes.c_void_p, *[ctypes.c_int64] * 3]
+        library.few_tokens.restype = library.write_out.restype = None
     return library
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recast.kernels.quantized_matmul import few_tokens
+from recast.kernels.quantized_matmul import few_tokens, rounded_tokens
 
 __all__ = ["weight_only_matmul"]
 
@@ -29,6 +29,7 @@ def weight_only_matmul(
     dense: Tensor | None,
     bits: int,
     few: int,
+    rounded: bool = False,
 ) -> Tensor:
     """Multiply vectors by a packed weight, ``x Wᵀ``.
 
@@ -42,6 +43,8 @@ def weight_only_matmul(
         (m, n), the weight written out, or None: then it is written out where it is needed.
     few
         The most vectors for which the weight is decoded in registers.
+    rounded
+        So few vectors are rounded to bytes first (`rounded_tokens`); there is no table then.
 
     Returns
     -------
@@ -56,7 +59,9 @@ def weight_only_matmul(
     [[1.0]]
     """
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] <= few:
+    if flat.shape[0] <= few and rounded:
+        y = rounded_tokens.rounded_tokens(flat.to(torch.float32), codes, scale, zero, bits=bits)
+    elif flat.shape[0] <= few:
         y = few_tokens.few_tokens(flat.to(torch.float32), codes, scale, zero, table, bits=bits)
     elif dense is not None:
         y = torch.nn.functional.linear(flat.to(dense.dtype), dense)
@@ -95,12 +100,13 @@ def _(
     dense: Tensor | None,
     bits: int,
     few: int,
+    rounded: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scale, zero, table, _, bits, _ = inputs
+    x, codes, scale, zero, table, _, bits, _, _ = inputs
     ctx.save_for_backward(codes, scale, zero, table)
     ctx.bits, ctx.features = bits, x.shape[-1]
 
@@ -127,7 +133,7 @@ def _(
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     to_x: Tensor = _to_x(gradient, *ctx.saved_tensors, ctx.bits, ctx.features)
-    return to_x, *[None] * 7
+    return to_x, *[None] * 8
 
 
 weight_only_matmul.register_autograd(_gradients, setup_context=_keep)

@@ -38,12 +38,12 @@ def _linear(held: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, held["weight"].to(x.dtype))
 
 
-def _leaf(operator: Operator, keep_dense: bool = False) -> Packed | None:
+def _leaf(operator: Operator, keep_dense: bool = False, rounded: bool = False) -> Packed | None:
     if isinstance(operator, Sparse) and not isinstance(operator, ColumnSparse):
         # What Inductor would fold unpacking into, without the time to compile it.
         return Packed(operator, WRITTEN_OUT, {"weight": operator.to_dense().contiguous()}, _linear)
     if isinstance(operator, Quantized | Codebook) and not getattr(operator, "activations", False):
-        return weight_only(operator, keep_dense=keep_dense)
+        return weight_only(operator, keep_dense=keep_dense, rounded=rounded)
     if not isinstance(operator, Quantized):
         return None
     simple = operator.symmetric and operator.scale.shape[1] == 1
@@ -52,9 +52,9 @@ def _leaf(operator: Operator, keep_dense: bool = False) -> Packed | None:
     return dynamic_int8(operator, INTEGER, int8_matmul)
 
 
-def _frozen_leaf(operator: Operator, keep_dense: bool = False) -> Packed | None:
+def _frozen_leaf(operator: Operator, keep_dense: bool = False, rounded: bool = False) -> Packed | None:
     """For weights that are constants of what is compiled."""
-    found = _leaf(operator, keep_dense)
+    found = _leaf(operator, keep_dense, rounded)
     if found is not None:
         return found
     stored = isinstance(operator, Codebook) or (isinstance(operator, Quantized) and not operator.activations)
@@ -63,6 +63,7 @@ def _frozen_leaf(operator: Operator, keep_dense: bool = False) -> Packed | None:
     return None
 
 
-def choice(*, frozen: bool, keep_dense: bool = False) -> Choose:
+def choice(*, frozen: bool, keep_dense: bool = False, rounded: bool = False) -> Choose:
     """Choice of kernels where weights are constants of what is compiled (`frozen`), or inputs of it."""
-    return chooser(functools.partial(_frozen_leaf if frozen else _leaf, keep_dense=keep_dense), "aten")
+    leaf = _frozen_leaf if frozen else _leaf
+    return chooser(functools.partial(leaf, keep_dense=keep_dense, rounded=rounded), "aten")

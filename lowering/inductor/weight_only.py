@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recast.kernels.codebook_matmul.reference import decode_scales
-from recast.kernels.quantized_matmul import few_tokens
+from recast.kernels.quantized_matmul import few_tokens, rounded_tokens
 from recast.kernels.quantized_matmul.blocks import BLOCK, to_blocks
 from recast.kernels.quantized_matmul.reference import unpack_codes
 from recast.kernels.quantized_matmul.weight_only_op import weight_only_matmul
@@ -17,16 +17,18 @@ from recast.lowering.timing import most_tokens
 from recast.passes.forms.codebook import Codebook
 from recast.passes.forms.quantized import Quantized
 
-__all__ = ["PACKED", "weight_only"]
+__all__ = ["PACKED", "ROUNDED", "weight_only"]
 
 PACKED = "recast weight-only matmul"
+ROUNDED = "recast weight-only matmul, few tokens rounded to bytes"
 _PARTS = ("scale", "zero", "table", "dense")
 
 
-def weight_only(operator: Quantized | Codebook, *, keep_dense: bool = False) -> Packed | None:
+def weight_only(operator: Quantized | Codebook, *, keep_dense: bool = False, rounded: bool = False) -> Packed | None:
     """Lay codes out by blocks of 32 inputs; None where the kernel does not take them or does not run.
 
-    With `keep_dense` the weight is written out as well, once, for many tokens.
+    With `keep_dense` the weight is written out as well, once, for many tokens. With `rounded` few tokens are rounded to bytes before
+    they meet integers, where this CPU has such products.
     """
     n = operator.shape[1]
     group = 0 if operator.group is None or operator.group >= n else operator.group
@@ -43,13 +45,15 @@ def weight_only(operator: Quantized | Codebook, *, keep_dense: bool = False) -> 
     held["codes"] = to_blocks(held["codes"], operator.bits, group)
     if keep_dense:
         held["dense"] = operator.to_dense().contiguous()
-    bits, few = operator.bits, _few(held, operator.bits, n)
+    rounded = rounded and "table" not in held and rounded_tokens.unavailable() is None
+    bits, few = operator.bits, _few(held, operator.bits, n, rounded)
 
     def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        y: Tensor = weight_only_matmul(x, tensors["codes"], *(tensors.get(name) for name in _PARTS), bits, few)
+        parts = (tensors.get(name) for name in _PARTS)
+        y: Tensor = weight_only_matmul(x, tensors["codes"], *parts, bits, few, rounded)
         return y
 
-    return Packed(operator, PACKED, held, run)
+    return Packed(operator, ROUNDED if rounded else PACKED, held, run)
 
 
 def _integers(operator: Quantized) -> dict[str, Tensor]:
@@ -78,7 +82,7 @@ def _looked_up(operator: Codebook) -> dict[str, Tensor]:
     }
 
 
-def _few(held: Mapping[str, Tensor], bits: int, features: int) -> int:
+def _few(held: Mapping[str, Tensor], bits: int, features: int, rounded: bool) -> int:
     """The most tokens for which decoding in registers is faster than writing out."""
     codes = held["codes"]
     parts = [held.get(name) for name in _PARTS]
@@ -86,10 +90,11 @@ def _few(held: Mapping[str, Tensor], bits: int, features: int) -> int:
     def ways(tokens: int) -> tuple[Callable[[], object], Callable[[], object]]:
         x = torch.randn(tokens, features)
         return (
-            lambda: weight_only_matmul(x, codes, *parts, bits, tokens),
+            lambda: weight_only_matmul(x, codes, *parts, bits, tokens, rounded),
             lambda: weight_only_matmul(x, codes, *parts, bits, 0),
         )
 
+    about = ("weight only", rounded, bits, tuple(codes.shape), tuple(held["scale"].shape), *sorted(held))
     return most_tokens(
-        ways, codes.device, "weight only", bits, tuple(codes.shape), tuple(held["scale"].shape), *sorted(held)
+        ways, codes.device, *about, among=(4, 8, 16, 32, 64, 128, 256) if rounded else (4, 8, 16, 32, 64, 128)
     )

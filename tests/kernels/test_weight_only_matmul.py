@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recast.kernels.native import load_library, why_not
+from recast.kernels.quantized_matmul import rounded_tokens
 from recast.kernels.quantized_matmul.blocks import block_count, from_blocks, to_blocks
 from recast.kernels.quantized_matmul.few_tokens import unavailable, write_out
 from recast.kernels.quantized_matmul.weight_only_op import weight_only_matmul
@@ -39,6 +40,7 @@ def weight(
 def test_they_run_here() -> None:
     assert why_not() is None
     assert unavailable() is None
+    assert rounded_tokens.unavailable() is None
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -68,6 +70,45 @@ def test_products(kind: str, bits: int, group: int) -> None:
                 y = weight_only_matmul(x, *parts, None, bits, few)
                 # Zero points are taken off after summing: of terms as large as the numbers with theirs.
                 assert_close(y / 2**bits, (x.double() @ wanted.T) / 2**bits, terms=features)
+
+
+@pytest.mark.parametrize("kind", ["middle", "zeros"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [0, 32, 128])
+def test_products_of_rounded_vectors(kind: str, bits: int, group: int) -> None:
+    for rows, features in SHAPES:
+        wanted, parts = weight(rows, features, bits, group, kind)
+        for tokens in TOKENS:
+            x = torch.randn(tokens, features)
+            x[:, ::7] *= 30
+            y = weight_only_matmul(x, *parts, None, bits, tokens, True)
+            expected = rounded_tokens.reference(x, group).double() @ wanted.T
+            assert_close(y / 2**bits / 30, expected / 2**bits / 30, terms=features)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_largest_codes_and_vectors_do_not_overflow(bits: int) -> None:
+    codes = torch.full((3, 4096), 2**bits - 1)
+    codes[1] = 0
+    codes[2, ::2] = 0
+    parts = (to_blocks(codes, bits, 0), torch.ones(3, 1), None, None)
+    x = torch.full((5, 4096), 2.0)
+    x[1::2] = -2.0
+    wanted = codes.double() - 2 ** (bits - 1)
+    y = weight_only_matmul(x, *parts, None, bits, 5, True)
+    assert_close(y / 2**bits, x.double() @ wanted.T / 2**bits, terms=4096)
+
+
+def test_rounded_vectors_that_are_zero_tiny_or_not_finite() -> None:
+    wanted, parts = weight(9, 96, 4, 32, "zeros")
+    x = torch.randn(5, 96)
+    x[0], x[1, 32:64], x[2] = 0, 0, 1e-37
+    x[3, 5], x[4, 90] = torch.nan, -torch.inf
+    y = weight_only_matmul(x, *parts, None, 4, 5, True)
+    expected = rounded_tokens.reference(x[:2], 32).double() @ wanted.T
+    assert_close(y[:2] / 16, expected / 16, terms=96)
+    assert float(y[2].abs().max()) < 1e-33
+    assert bool(torch.isnan(y[3:]).all())
 
 
 def test_a_weight_that_is_kept_dense_serves_many_tokens() -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import recast
 from recast.kernels.quantized_matmul.ops import int8_matmul, largest_exact_code
-from recast.lowering.inductor.weight_only import PACKED
+from recast.lowering.inductor.weight_only import PACKED, ROUNDED
 from recast.passes.report import fidelity
+from recast.patterns.errors import TargetError
 from tests.helpers import assert_close
 
 
@@ -85,6 +86,29 @@ def test_weights_stay_packed(keep_dense: bool, tmp_path: Path) -> None:
             assert_close(found, wanted.double(), terms=96)
     artifact.save(tmp_path / "saved")
     assert recast.load(tmp_path / "saved").report.rows == artifact.report.rows
+
+
+def test_few_tokens_are_rounded_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recast.lowering.inductor.weight_only.most_tokens", lambda *about, **among: 8)
+    torch.manual_seed(1)
+    texts = ["int8", "int4(group=32, symmetric=false)", "nf4(group=32)"]
+    program = recast.capture(Beside(len(texts)).eval(), (torch.randn(4, 5, 96),))
+    rules = [{"match": f"each.{i}", "form": text} for i, text in enumerate(texts)]
+    rewritten = recast.rewrite(program, recast.plan(program, {"rules": rules}))
+    eager = recast.lower(rewritten, "eager")
+    artifact = recast.lower(rewritten, "inductor", accuracy_level=4)
+    assert [row.kernel for row in artifact.report.rows] == [ROUNDED, ROUNDED, PACKED]
+    x = torch.randn(1, 2, 96)
+    errors = [fidelity(wanted, found)["relative_error"] for found, wanted in zip(artifact(x), eager(x), strict=True)]
+    assert all(1e-4 < error < 2e-2 for error in errors[:2]), errors
+    assert errors[2] < 1e-5
+    x = torch.randn(1, 9, 96)  # more than are rounded
+    assert all(fidelity(b, a)["relative_error"] < 1e-5 for a, b in zip(artifact(x), eager(x), strict=True))
+    artifact.save(tmp_path / "saved")
+    loaded = recast.load(tmp_path / "saved")
+    assert all(torch.equal(a, b) for a, b in zip(loaded(x), artifact(x), strict=True))
+    with pytest.raises(TargetError, match=r"accuracy_level is 2; 0 \(exact\) or 4"):
+        recast.lower(rewritten, "inductor", accuracy_level=2)
 
 
 @pytest.mark.parametrize(("tokens", "n", "m"), [(1, 7, 3), (5, 63, 60), (33, 577, 64), (0, 8, 8)])
