@@ -93,12 +93,13 @@ def _sparse(rows: Rows, model: str) -> list[dict[str, Any]]:
     names = ("2:4 sparsegpt", "2:4 wanda", "2:4 magnitude")
     found = compare(rows, model, "SparseGPT <= Wanda < magnitude at 2:4", names, None)
     triple = [rows.get((model, name, "own")) for name in ("dense", "2:4 nowag", "2:4 armor")]
-    if all(row is not None and "perplexity" in row for row in triple):
-        dense, start, end = (float(row["perplexity"]) for row in triple if row is not None)
+    if all(row is not None for row in triple):
+        measure = next(m for m in MEASURES if m in (triple[0] or {}))
+        dense, start, end = (float(row[measure]) for row in triple if row is not None)
         closed = (start - end) / (start - dense)
         values = {"dense": dense, "NoWag-P": start, "ARMOR": end, "gap closed": closed}
         order = "ARMOR closes 40 % of the gap of NoWag-P"
-        found.append(_answer(order, model, "own", closed >= 0.4, "perplexity", values))
+        found.append(_answer(order, model, "own", closed >= 0.4, measure, values))
     return found
 
 
