@@ -13,6 +13,7 @@ from recast.passes.cache import Fitted
 from recast.passes.forms.column_sparse import ColumnSparse
 from recast.passes.forms.linear_algebra import CUTOFF, pseudo_inverse
 from recast.passes.forms.operator import Dense
+from recast.passes.forms.stats import squared_error
 from recast.passes.modules.block import Block, labels_of_rows
 from recast.passes.modules.flow import Refused
 from recast.passes.modules.form import Fit, Made, ModuleForm
@@ -28,9 +29,13 @@ class Nystrom(ModuleForm):
     S are the features with the largest ridge leverage scores ``[C (C + λI)⁻¹]_ii``, where C is the Gram matrix of the hidden
     values z and λ is `ridge` times their mean square. The output error that is predicted is that of ``W_d' z_S``.
 
+    A few hidden features of enormous size that tell each other, as many networks have, may all but one be left out by these scores,
+    and nothing puts them together again exactly enough. So two other rankings are tried, λ at the mean square itself and the energy
+    ``‖W_d[:, i]‖² C_ii``, and the one whose output is nearest is taken.
+
     Notes
     -----
-    Lin et al., MoDeGPT: Modular Decomposition for Large Language Model Compression (2024), type I.
+    Lin et al., MoDeGPT: Modular Decomposition for Large Language Model Compression (2024), type I. The other rankings are ours.
     """
 
     name: ClassVar[str] = "nystrom"
@@ -60,10 +65,8 @@ class Nystrom(ModuleForm):
         kept = torch.arange(width)
         solved = weight
         if count < width:
-            scores = leverage_scores(seen, self.ridge)
-            kept = scores.topk(count).indices.sort().values
-            solved = on_features(weight, seen, kept)
-        stand_in = ColumnSparse(Dense(solved.to(weight.dtype)), kept.to(torch.int32), width)
+            kept, solved = self._chosen(weight, seen, count)
+        stand_in = _on(weight, kept, solved)
         fitted = Fitted.of(weight, stand_in, stats)
         made = {down.name: Made(stand_in.values.to_dense(), stats=stand_in.seen_by_values(stats))}
         stays = order[kept].sort().values
@@ -84,6 +87,24 @@ class Nystrom(ModuleForm):
             fitted.measured_error,
             fitted.weight_error,
         )
+
+    def _chosen(self, weight: Tensor, seen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The features that stay, by the ranking with which the output is nearest, and the last matrix solved for them."""
+        best, least = None, torch.inf
+        energies = seen.diagonal().double() * weight.double().square().sum(0)
+        for scores in (leverage_scores(seen, self.ridge), leverage_scores(seen, 1.0), energies):
+            kept = scores.topk(count).indices.sort().values
+            solved = on_features(weight, seen, kept)
+            error = squared_error(weight, _on(weight, kept, solved).to_dense(), seen)
+            if best is None or error < least:
+                best, least = (kept, solved), error
+        assert best is not None
+        return best
+
+
+def _on(weight: Tensor, kept: Tensor, solved: Tensor) -> ColumnSparse:
+    """The last matrix as it is on what is kept."""
+    return ColumnSparse(Dense(solved.to(weight.dtype)), kept.to(torch.int32), weight.shape[1])
 
 
 def leverage_scores(gram: Tensor, ridge: float) -> Tensor:
