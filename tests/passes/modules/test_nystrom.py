@@ -15,7 +15,7 @@ import recast
 from recast.passes.calibrate import Calibration
 from recast.passes.forms import Form, Stats, forms
 from recast.passes.forms.registry import module_forms
-from recast.passes.modules.nystrom import leverage_scores, on_features
+from recast.passes.modules.nystrom import Nystrom, leverage_scores, on_features
 from recast.passes.plan import Plan
 from recast.patterns.errors import FormError, PlanError, RecipeError, VerificationError
 from recast.patterns.program import Program
@@ -52,6 +52,21 @@ def test_last_linear_is_least_squares_of_the_dense_output() -> None:
     expected = np.linalg.lstsq(z[:, kept], z @ w.T, rcond=None)[0].T
     found = on_features(torch.from_numpy(w), torch.from_numpy(z.T @ z), torch.from_numpy(kept))
     assert_close(found, torch.tensor(expected), terms=70, factor=1e4)  # the Gram matrix squares the condition
+
+
+def test_large_features_that_tell_each_other_are_not_all_left_out() -> None:
+    rng = np.random.default_rng(2)
+    z, w = rng.normal(size=(400, 40)), rng.normal(size=(8, 40))
+    z[:, 7] *= 6
+    z[:, 21] = z[:, 7] + 0.01 * rng.normal(size=400)
+    gram = torch.from_numpy(z.T @ z)
+    first = np.sort(np.argsort(leverage_scores(gram, 0.01).numpy())[2:])  # what the scores of the paper keep
+    assert 7 not in first
+    assert 21 not in first
+    solved = np.linalg.lstsq(z[:, first], z @ w.T, rcond=None)[0].T
+    lost = np.linalg.norm(z @ w.T - z[:, first] @ solved.T)
+    kept, found = Nystrom(0.95)._chosen(torch.from_numpy(w), gram, 38)
+    assert np.linalg.norm(z @ w.T - z[:, kept.numpy()] @ found.numpy().T) < lost / 4
 
 
 def test_features_that_are_always_zero_keep_their_columns() -> None:
