@@ -172,9 +172,8 @@ def _codes(
 ) -> Tensor:
     (m, n), groups = weight.shape, scale.shape[1]
     low, high = code_range(bits, zero is None, reduce_range)
-    if (
-        groups == 1 or group is None or groups * group == n
-    ):  # a view in place of scales that are spread, and one array for all steps
+    # Where groups divide a row, a view in place of scales that are spread.
+    if groups == 1 or group is None or groups * group == n:
         weight, offset = weight.reshape(m, groups, n // groups), None if zero is None else zero.unsqueeze(-1)
         each = scale.unsqueeze(-1)
     else:

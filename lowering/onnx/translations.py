@@ -11,13 +11,17 @@ __all__ = ["translations"]
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What to hand to ``torch.onnx.export(custom_translation_table=)``: operations that exist here, and what writes them."""
-    names = (("aten", "_grouped_mm"), ("transformers", "grouped_mm_fallback"))
-    found = (getattr(getattr(torch.ops, space), name, None) for space, name in names)
-    return {packet.default: _grouped_mm for packet in found if packet is not None}
+    """What to hand to ``torch.onnx.export(custom_translation_table=)``: operations that exist here, and what writes them.
+
+    ``aten._grouped_mm`` is not among them: on a CPU it takes bfloat16 alone, which the target refuses.
+    """
+    packet = getattr(
+        torch.ops.transformers, "grouped_mm_fallback", None
+    )  # there once transformers' mixtures are loaded
+    return {} if packet is None else {packet.default: _grouped_mm}
 
 
-def _grouped_mm(x: Any, weight: Any, offs: Any, bias: Any = None, out_dtype: Any = None) -> Any:
+def _grouped_mm(x: Any, weight: Any, offs: Any) -> Any:
     """Rows up to ``offs[0]`` times ``weight[0]``, from there to ``offs[1]`` times ``weight[1]``, and so on: a product an expert.
 
     Runs of rows are cut out with bounds that are computed as the graph runs, so that each row meets one expert, as in torch. Rows
@@ -25,8 +29,6 @@ def _grouped_mm(x: Any, weight: Any, offs: Any, bias: Any = None, out_dtype: Any
     """
     from onnxscript import opset18 as op
 
-    if bias is not None or out_dtype is not None or offs is None or len(weight.shape) != 3:
-        raise NotImplementedError("grouped_mm of other operands than rows and a stack of matrices")
     ends = op.Cast(offs, to=7)  # int64
     axis = op.Constant(value_ints=[0])
     start, parts = axis, []
