@@ -30,8 +30,8 @@ class Nystrom(ModuleForm):
     values z and λ is `ridge` times their mean square. The output error that is predicted is that of ``W_d' z_S``.
 
     Hidden features of enormous size that tell each other, as networks have, share a score: two that are alike get a half each, and
-    both are left out where all others get more, though neither can be told without the other. So two other rankings are tried, λ at the mean square itself and the energy
-    ``‖W_d[:, i]‖² C_ii``, and the one whose output is nearest is taken.
+    both are left out where all others get more, though neither can be told without the other. So two other rankings are tried, λ
+    at the mean square itself and the energy ``‖W_d[:, i]‖² C_ii``, and the one whose output is nearest is taken.
 
     Notes
     -----
