@@ -23,7 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.fit_time_page import write_page
 from benchmarks.fit_time_rows import BASELINE, PEERS, held, key, texts
+from benchmarks.harness import machine_facts
 
 SIZES = "1024x1024,4096x4096,4096x11008"
 
@@ -67,8 +69,6 @@ def _run(what: str, m: int, n: int, threads: int, limit: float, folder: str) -> 
 
 
 def _write(target: Path, rows: list[dict[str, Any]], threads: int) -> None:
-    from benchmarks.harness import machine_facts
-
     target.parent.mkdir(parents=True, exist_ok=True)
     about = {"name": "fit_time", "settings": {"threads": threads, "dtype": "float32"}, "machine": machine_facts()}
     partial = target.with_name(target.name + ".partial")
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=150.0, metavar="SECONDS", help="for one fit")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the page of the documentation there")
     given = parser.parse_args()
     sizes = [(int(m), int(n)) for m, n in (size.split("x") for size in given.sizes.split(","))]
     wanted = [text for text in [*PEERS, *texts()] if re.search(given.only, text)]
@@ -136,6 +137,8 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table(found))
     console.print(marks_table(held(found)))
+    if given.page is not None:
+        write_page(given.page, found, machine_facts(), given.threads)
 
 
 if __name__ == "__main__":

@@ -72,3 +72,23 @@ def test_a_mark_in_times_of_another_row(rows: Any) -> None:
     for seconds, met in ((0.25, True), (0.4, False)):
         found = rows.held([{"name": plain, "seconds": seconds} | common, {"name": copy, "seconds": 0.1} | common])
         assert [(mark["at most"], mark["met"]) for mark in found] == [(pytest.approx(0.3), met)]
+
+
+def test_the_page(rows: Any, tmp_path: Path) -> None:
+    page, small = tmp_path / "page.md", {"shape": [1024, 1024], "weight_bytes": 2**22}
+    large = {"shape": [4096, 11008], "weight_bytes": 4096 * 11008 * 4}
+    found = [
+        {"name": rows.MARKS[0].row, "seconds": 61.0, "peak_bytes": 2**31, "output_error": 0.5, **large},
+        {"name": "int8", "seconds": 0.0123, "peak_bytes": 2**25, **small},
+        {"name": "blast", "failed": "not done after 150 seconds", **large},
+        {"name": "nncf int4, groups of 128", "absent": "nncf not installed", **large},
+    ]
+    machine = {"cpu": "a CPU", "libraries": {"torch": "2.13.0"}}
+    importlib.import_module("benchmarks.fit_time_page").write_page(page, found, machine, 2)
+    text = page.read_text()
+    assert "| `int8` | 0.012 s, 8.0x |  |" in text
+    assert "| `blast` |  | over 150 s |" in text
+    assert f"| `{rows.MARKS[0].row}` | 4096x11008 | 61 s | 60 s | no |" in text
+    assert "nncf" not in text
+    assert "- 1024x1024: 1 of 1: `int8` (2.0 of it)." in text
+    assert "- 4096x11008: 1 of 1" in text

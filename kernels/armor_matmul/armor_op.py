@@ -21,7 +21,9 @@ __all__ = ["armor_matmul"]
 
 
 @torch.library.custom_op("recast::armor_matmul", mutates_args=())
-def armor_matmul(x: Tensor, values: Tensor, places: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+def armor_matmul(
+    x: Tensor, values: Tensor, places: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, few: int = -1
+) -> Tensor:
     """Multiply vectors by ``A C B``: A and B of dense blocks on a diagonal, C with two of every four inputs.
 
     Parameters
@@ -34,6 +36,8 @@ def armor_matmul(x: Tensor, values: Tensor, places: Tensor, left: Tensor, right:
         (⌈m / d⌉, d, d), A, and (⌈n / e⌉, e, e), B; the last blocks are zero beyond m and n.
     bias
         (m,) or None.
+    few
+        The most vectors for which the kernels run, -1 for any number; for more the core is written out and the library multiplies.
 
     Returns
     -------
@@ -50,7 +54,7 @@ def armor_matmul(x: Tensor, values: Tensor, places: Tensor, left: Tensor, right:
     """
     flat = x.reshape(-1, x.shape[-1])
     left, right = left.to(x.dtype).contiguous(), right.to(x.dtype).contiguous()
-    if _kernels(x):
+    if _kernels(x) and (few == -1 or flat.shape[0] <= few):
         y = launch(flat, values, places, left, right, bias)
     else:
         core = from_lanes(values, places, x.dtype, x.shape[-1])
@@ -68,12 +72,14 @@ def _blocks(x: Tensor, blocks: Tensor) -> Tensor:
 
 
 @armor_matmul.register_fake
-def _(x: Tensor, values: Tensor, places: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+def _(
+    x: Tensor, values: Tensor, places: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, few: int = -1
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], values.shape[0]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:-1])
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,7 +98,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
             to_right = _to_blocks(inner, flat, right)
     if bias is not None and ctx.needs_input_grad[5]:
         to_bias = back.sum(0).to(bias.dtype)
-    return to_x, None, None, to_left, to_right, to_bias
+    return to_x, None, None, to_left, to_right, to_bias, None
 
 
 def _to_blocks(gradient: Tensor, x: Tensor, blocks: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ def block_matmul(
     scatter: Tensor | None,
     in_grid: Sequence[int],
     out_grid: Sequence[int],
+    few: int = -1,
 ) -> Tensor:
     """Multiply vectors by blocks on a diagonal: ``y[out(b, i)] = sum_j blocks[b, i, j] x[in(b, j)] + bias[out(b, i)]``.
 
@@ -44,6 +45,8 @@ def block_matmul(
         the rows and x holds the columns one after another, or None and nothing if they stand in the order of the blocks.
     scatter, out_grid
         The same of outputs, (b p,).
+    few
+        The most vectors for which the kernel runs, -1 for any number; more are reordered and go to the library's batched product.
 
     Returns
     -------
@@ -59,7 +62,8 @@ def block_matmul(
     [[102.0, 1030.0]]
     """
     flat, inputs = x.reshape(-1, x.shape[-1]), reference.block_inputs(x, blocks)
-    if x.dtype in DTYPES and (x.device.type == "cuda" or interpreting()):
+    kernel = x.dtype in DTYPES and (x.device.type == "cuda" or interpreting())
+    if kernel and (few == -1 or flat.shape[0] <= few):
         y = launch(
             flat, blocks, bias, blocks.shape[0] * blocks.shape[1],
             inputs=inputs, gather=gather, scatter=scatter, in_grid=in_grid, out_grid=out_grid,
@@ -79,12 +83,13 @@ def _(
     scatter: Tensor | None,
     in_grid: Sequence[int],
     out_grid: Sequence[int],
+    few: int = -1,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], blocks.shape[0] * blocks.shape[1]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, blocks, bias, gather, scatter, in_grid, out_grid = inputs
+    x, blocks, bias, gather, scatter, in_grid, out_grid, ctx.few = inputs
     ctx.save_for_backward(x, blocks, gather, scatter)
     ctx.grids = list(in_grid), list(out_grid)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -98,7 +103,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[0]:
         # The same product with the blocks transposed, and the orders exchanged.
         turned = blocks[:, :, :inputs].transpose(1, 2)
-        to_x = block_matmul(gradient, turned, None, scatter, gather, out_grid, in_grid)
+        to_x = block_matmul(gradient, turned, None, scatter, gather, out_grid, in_grid, ctx.few)
     if ctx.needs_input_grad[1]:
         seen = reference.in_block_order(x.reshape(-1, x.shape[-1]), gather, in_grid).reshape(-1, count, inputs)
         wanted = reference.in_block_order(gradient.reshape(-1, gradient.shape[-1]), scatter, out_grid)
@@ -106,7 +111,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         to_blocks = torch.nn.functional.pad(to_blocks, (0, columns - inputs))
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return to_x, to_blocks, to_bias, None, None, None, None
+    return to_x, to_blocks, to_bias, None, None, None, None, None
 
 
 block_matmul.register_autograd(_gradients, setup_context=_keep)

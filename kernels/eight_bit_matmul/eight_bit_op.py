@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recast.kernels.eight_bit_matmul import reference
+from recast.kernels.eight_bit_matmul import library, reference
 from recast.kernels.eight_bit_matmul.launch import launch
 from recast.kernels.tiles import interpreting
 
@@ -17,7 +17,7 @@ __all__ = ["eight_bit_matmul"]
 
 
 @torch.library.custom_op("recast::eight_bit_matmul", mutates_args=())
-def eight_bit_matmul(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def eight_bit_matmul(codes: Tensor, weight: Tensor, scale: Tensor, few: int = -1) -> Tensor:
     """Multiply vectors by a weight of the same format and scale each output.
 
     Parameters
@@ -28,6 +28,9 @@ def eight_bit_matmul(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         (m, n), of the same dtype.
     scale
         (m,) float32.
+    few
+        The most vectors for which the kernel runs, -1 for any number; more go to the library's product of such numbers where it has
+        one for the shape.
 
     Returns
     -------
@@ -41,7 +44,10 @@ def eight_bit_matmul(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     [[11.0]]
     """
     flat = codes.reshape(-1, codes.shape[-1])
-    if codes.device.type == "cuda" or interpreting():
+    kernel = codes.device.type == "cuda" or interpreting()
+    if 0 <= few < flat.shape[0] and library.serves(flat, weight):
+        y = library.eight_bit_matmul(flat, weight, scale)
+    elif kernel:
         y = launch(flat, weight, scale)
     else:
         y = reference.eight_bit_matmul(flat, weight, scale)
@@ -49,5 +55,5 @@ def eight_bit_matmul(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 @eight_bit_matmul.register_fake
-def _(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _(codes: Tensor, weight: Tensor, scale: Tensor, few: int = -1) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.float32)

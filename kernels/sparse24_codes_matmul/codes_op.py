@@ -54,6 +54,7 @@ def sparse24_codes_matmul(
     bias: Tensor | None,
     bits: int,
     group: int,
+    few: int = -1,
 ) -> Tensor:
     """Multiply vectors by a 2:4 weight whose kept values are codes, ``x Wᵀ + bias``.
 
@@ -72,6 +73,8 @@ def sparse24_codes_matmul(
         (m,) or None.
     bits, group
         4 or 8; inputs in a group (twice its values), a multiple of 16, 0 for all of a row.
+    few
+        The most vectors for which the kernel runs, -1 for any number; for more the weight is written out and the library multiplies.
 
     Returns
     -------
@@ -86,7 +89,8 @@ def sparse24_codes_matmul(
     [[-60.0]]
     """
     flat = x.reshape(-1, x.shape[-1])
-    if x.device.type == "cuda" or (interpreting() and x.dtype != torch.float64):
+    kernel = x.device.type == "cuda" or (interpreting() and x.dtype != torch.float64)
+    if kernel and (few == -1 or flat.shape[0] <= few):
         paired = pairs is not None and table is not None and table.dtype == x.dtype
         y = launch(
             flat, values, places, scale, pairs if paired else table, bias,
@@ -104,7 +108,7 @@ def _(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *weight, _, bias, bits, group = inputs
+    x, *weight, _, bias, bits, group, _ = inputs
     ctx.save_for_backward(*weight)
     ctx.features, ctx.bias_dtype, ctx.settings = x.shape[-1], None if bias is None else bias.dtype, (bits, group)
 
@@ -118,7 +122,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         )
     if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
         to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return to_x, None, None, None, None, None, to_bias, None, None
+    return to_x, None, None, None, None, None, to_bias, None, None, None
 
 
 sparse24_codes_matmul.register_autograd(_gradients, setup_context=_keep)

@@ -19,6 +19,7 @@ __all__ = [
     "pseudo_inverse",
     "solve_positive",
     "times",
+    "turn",
 ]
 
 # Below this fraction of the largest eigenvalue, a direction of the data counts as never seen.
@@ -64,14 +65,35 @@ def inverse_factor(gram: Tensor, damping: float, dead: float) -> Tensor:
         return torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     while True:
         # H = V Vᵀ with V upper triangular is a Cholesky factorisation from the other end, and U the inverse of V.
-        turned = gram.flip(0, 1).double().div_(mean)
+        turned = turn(gram.to(torch.float64, copy=True)).div_(mean)
         diagonal = turned.diagonal()
         unseen = diagonal <= 0
         diagonal.add_(damping).masked_fill_(unseen, dead)
         inverse = _inverse_of_factor(turned)
         if inverse is not None:
-            return inverse.flip(0, 1)
+            return turn(inverse)
         damping = max(10 * damping, 1e-8)  # statistics of few tokens need more than what was asked for
+
+
+def turn(matrix: Tensor) -> Tensor:
+    """Reverse the order of rows and of columns in place: of a large matrix `flip` would make a second one.
+
+    Examples
+    --------
+    >>> turn(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist()
+    [[4.0, 3.0], [2.0, 1.0]]
+    """
+    if not matrix.is_contiguous():
+        return matrix.flip(0, 1)
+    flat, step = matrix.view(-1), 1 << 20
+    half = len(flat) // 2
+    for start in range(0, half, step):
+        end = min(start + step, half)
+        head, tail = flat[start:end], flat[len(flat) - end : len(flat) - start]
+        kept = head.flip(0)
+        head.copy_(tail.flip(0))
+        tail.copy_(kept)
+    return matrix
 
 
 def _inverse_of_factor(matrix: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recast.kernels.block_diagonal_matmul.launch import TILES
 from recast.kernels.low_rank_matmul.launch import launch
-from recast.kernels.low_rank_matmul.low_rank_op import few, low_rank_matmul
+from recast.kernels.low_rank_matmul.low_rank_op import bound_by_memory, low_rank_matmul
 from recast.kernels.tiles import Tile
 from tests.helpers import assert_close
 
@@ -50,7 +50,7 @@ def test_kernel_with_bias_splits_and_vectors_far_apart(splits: int, as_loaded: b
     assert_close(y, expected(x, left, right, bias), terms=730)
 
 
-@pytest.mark.parametrize("tokens", [(), (0,), (1,), (2, 3), (few(torch.bfloat16) + 1,)], ids=str)
+@pytest.mark.parametrize("tokens", [(), (0,), (1,), (2, 3), (bound_by_memory(torch.bfloat16) + 1,)], ids=str)
 def test_operation(tokens: tuple[int, ...]) -> None:
     left, right = factors(33, 5, 60, torch.bfloat16)
     x = torch.randn(*tokens, 60, dtype=torch.bfloat16, device=DEVICE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +12,7 @@ from recast.kernels.armor_matmul.armor_op import armor_matmul
 from recast.kernels.sparse_matmul.lanes import to_lanes
 from recast.kernels.sparse_matmul.reference import unpack_bits
 from recast.lowering.packed import Packed
+from recast.lowering.triton.few import ALWAYS, measured_few
 from recast.passes.forms.algebra import DirectSum, Product
 from recast.passes.forms.armor import Armor
 from recast.passes.forms.block_diagonal import BlockDiagonal
@@ -33,13 +35,15 @@ def serve(operator: Operator) -> Packed | None:
     if left is None or right is None or core.features % 4 or dtype not in (torch.bfloat16, torch.float16):
         return None
     words, marks = to_lanes(core.values.to_dense().to(dtype), unpack_bits(core.indices, 2, core.values.shape[1]))
+    held = {"values": words, "places": marks, "left": left, "right": right}
 
-    def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        names = ("values", "places", "left", "right")
-        y: Tensor = armor_matmul(x.to(dtype), *(tensors[name] for name in names), None)
+    def multiply(tensors: Mapping[str, Tensor], x: Tensor, few: int) -> Tensor:
+        y: Tensor = armor_matmul(x.to(dtype), *(tensors[name] for name in held), None, few)
         return y.to(x.dtype)
 
-    return Packed(operator, ARMOR, {"values": words, "places": marks, "left": left, "right": right}, run)
+    about = core.features, dtype, words.device, "armor", *left.shape, *right.shape
+    few = measured_few(functools.partial(multiply, held), *about)
+    return Packed(operator, ARMOR, held, functools.partial(multiply, few=ALWAYS if few is None else few))
 
 
 def _stacked(operator: Operator) -> Tensor | None:

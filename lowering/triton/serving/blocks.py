@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from recast.kernels.block_diagonal_matmul.block_op import block_matmul
 from recast.kernels.block_diagonal_matmul.launch import DTYPES
 from recast.kernels.block_diagonal_matmul.reference import PADDING
 from recast.lowering.packed import Packed, plain
+from recast.lowering.triton.few import ALWAYS, measured_few
 from recast.passes.forms.algebra import DirectSum, Product
 from recast.passes.forms.blast import Coupling
 from recast.passes.forms.block_diagonal import BlockDiagonal
@@ -53,12 +55,21 @@ def serve(operator: Operator) -> Packed | None:
         return plain(operator, f"aten (blocks of {str(wrong).removeprefix('torch.')}: no kernel)")
     held = {f"{i}.{name}": tensor for i, step in enumerate(steps) for name, tensor in _held(step).items()}
 
-    def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def multiply(tensors: Mapping[str, Tensor], x: Tensor, few: int) -> Tensor:
         for i, step in enumerate(steps):
-            x = _run(step, {name: tensors.get(f"{i}.{name}") for name in ("blocks", "gather", "scatter")}, x)
+            x = _run(step, {name: tensors.get(f"{i}.{name}") for name in ("blocks", "gather", "scatter")}, x, few)
         return x
 
-    return Packed(operator, BLOCKS, held, run)
+    # One number for the whole product: what a reordering costs depends on who stores what it reorders.
+    first = steps[0].blocks
+    shapes = [(tuple(s.blocks.blocks.shape), _told(s.before), _told(s.after)) for s in steps]
+    about = operator.shape[1], first.dtype, first.blocks.device, "blocks", *shapes
+    few = measured_few(functools.partial(multiply, held), *about)
+    return Packed(operator, BLOCKS, held, functools.partial(multiply, few=ALWAYS if few is None else few))
+
+
+def _told(order: Reordering | None) -> str:
+    return f"{order.rows}x{order.columns}x{order.width}" if isinstance(order, Shuffle) else type(order).__name__
 
 
 def _factors(operator: Operator) -> list[Operator]:
@@ -100,13 +111,13 @@ def _held(step: _Step) -> dict[str, Tensor]:
     return held
 
 
-def _run(step: _Step, tensors: Mapping[str, Tensor | None], x: Tensor) -> Tensor:
+def _run(step: _Step, tensors: Mapping[str, Tensor | None], x: Tensor, few: int) -> Tensor:
     blocks = tensors["blocks"]
     assert blocks is not None
     # What a shuffle gives, column by column, is what blocks take and what it takes, row by row, is what they give.
     before = [step.before.columns, step.before.rows, step.before.width] if isinstance(step.before, Shuffle) else []
     after = [step.after.rows, step.after.columns, step.after.width] if isinstance(step.after, Shuffle) else []
-    y: Tensor = block_matmul(x, blocks.to(x.dtype), None, tensors["gather"], tensors["scatter"], before, after)
+    y: Tensor = block_matmul(x, blocks.to(x.dtype), None, tensors["gather"], tensors["scatter"], before, after, few)
     return y
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +14,7 @@ from recast.kernels.quantized_matmul.reference import unpack_codes
 from recast.kernels.tiles import interpreting
 from recast.lowering.dynamic_int8 import dynamic_int8
 from recast.lowering.packed import Packed, plain
+from recast.lowering.triton.few import ALWAYS, measured_few
 from recast.passes.forms.codebook import Codebook
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.quantized import Quantized
@@ -30,7 +32,8 @@ def serve(operator: Operator) -> Packed | None:
     if isinstance(operator, Quantized) and operator.activations:
         if not operator.symmetric or operator.scale.shape[1] != 1:
             return plain(operator, "aten (rounded activations and scales by group: no kernel)")
-        return dynamic_int8(operator, INTEGERS, eight_bit_matmul)
+        few = _few(operator.values, operator.by_row().scale[:, 0].float())
+        return dynamic_int8(operator, INTEGERS, functools.partial(eight_bit_matmul, few=few))
     if isinstance(operator, RoundedInputs) and isinstance(operator.weight, Codebook) and operator.grid == _E4M3:
         return _floats(operator, operator.weight)
     return None
@@ -50,15 +53,29 @@ def _floats(operator: RoundedInputs, weight: Codebook) -> Packed | None:
     codes = unpack_codes(weight.values, weight.bits, weight.shape[1])
     scale = table.new_ones(weight.shape[0]) if weight.scale is None else weight.scale[:, 0].float().contiguous()
     held = {"values": entries[codes.to(torch.int64)], "scale": scale * unit}
+    few = _few(held["values"], held["scale"])
 
     def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         def product(values: Tensor) -> Tensor:
-            y: Tensor = eight_bit_matmul(values.to(eight), tensors["values"], tensors["scale"])
+            y: Tensor = eight_bit_matmul(values.to(eight), tensors["values"], tensors["scale"], few)
             return y
 
         return rounded_product(x, operator.grid, product)
 
     return Packed(operator, FLOATS, held, run)
+
+
+def _few(values: Tensor, scale: Tensor) -> int:
+    """Up to how many tokens the kernel is faster than the library's product of eight-bit numbers."""
+
+    def multiply(x: Tensor, few: int) -> Tensor:
+        y: Tensor = eight_bit_matmul(x.to(values.dtype), values, scale, few)
+        return y
+
+    few = measured_few(
+        multiply, values.shape[1], torch.bfloat16, values.device, "eight bits", len(values), values.dtype
+    )
+    return ALWAYS if few is None else few
 
 
 def _multiplies_floats(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -12,6 +13,7 @@ from recast.kernels.sparse24_codes_matmul.codes_op import sparse24_codes_matmul
 from recast.kernels.sparse24_codes_matmul.lanes import to_lanes
 from recast.kernels.sparse_matmul.reference import unpack_bits
 from recast.lowering.packed import Packed, plain
+from recast.lowering.triton.few import ALWAYS, measured_few
 from recast.lowering.triton.serving.dequantizing import codes_of
 from recast.passes.forms.codebook import Codebook
 from recast.passes.forms.nm_sparse import NMSparse
@@ -44,14 +46,17 @@ def serve(operator: Operator) -> Packed | None:
     )
     # Two of four are kept, so a group of values is one of twice as many inputs.
     group = 2 * found.group
-    held = {"values": words, "places": marks, "scale": found.scale, "table": table, "pairs": pairs}
+    given = {"values": words, "places": marks, "scale": found.scale, "table": table, "pairs": pairs}
+    held = {name: tensor for name, tensor in given.items() if tensor is not None}
 
-    def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def multiply(tensors: Mapping[str, Tensor], x: Tensor, few: int) -> Tensor:
         parts = (tensors.get(name) for name in ("scale", "table", "pairs"))
-        y: Tensor = sparse24_codes_matmul(x, tensors["values"], tensors["places"], *parts, None, bits, group)
+        y: Tensor = sparse24_codes_matmul(x, tensors["values"], tensors["places"], *parts, None, bits, group, few)
         return y
 
-    return Packed(operator, SPARSE24_CODES, {n: t for n, t in held.items() if t is not None}, run)
+    about = operator.features, operator.dtype, words.device, "2:4 codes", operator.shape[0], bits, group, *held
+    few = measured_few(functools.partial(multiply, held), *about)
+    return Packed(operator, SPARSE24_CODES, held, functools.partial(multiply, few=ALWAYS if few is None else few))
 
 
 def _refused(values: Quantized | Codebook) -> str | None:

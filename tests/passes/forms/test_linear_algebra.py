@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from recast.passes.forms.linear_algebra import solve_positive
+from recast.passes.forms.linear_algebra import solve_positive, turn
 from tests.helpers import assert_close
 
 
@@ -47,3 +47,13 @@ def test_many_large_systems_with_threads_that_were_set() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3]
     )
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 63, 1500])
+def test_rows_and_columns_are_reversed_in_place(size: int) -> None:
+    matrix = torch.randn(size, size)
+    expected = matrix.flip(0, 1)
+    assert torch.equal(turn(matrix), expected)
+    assert torch.equal(matrix, expected)
+    turned = torch.randn(size, size).T
+    assert torch.equal(turn(turned), turned.flip(0, 1))
