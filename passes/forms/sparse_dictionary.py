@@ -29,8 +29,8 @@ class SparseDictionary(NamedForm):
 
     k n + s m values and a bitmap of m k bits. Where low rank gives all outputs one subspace, here each has its own, of
     atoms that others use too. With data the atoms are found for ``W X``. k = 2 s unless said otherwise, and k from the
-    ratio: kept values and bits against 16-bit weights. S is multiplied densely until a kernel gathers, so this form
-    saves bytes, not operations.
+    ratio: kept values and bits against 16-bit weights. Target ``triton`` multiplies few tokens by S as it is held;
+    elsewhere, and with many, it is written out, so that the form saves bytes, not operations.
 
     Notes
     -----

@@ -1,0 +1,1 @@
+"""Products with a matrix whose values stand at the bits set in a bitmap."""
