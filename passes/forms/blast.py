@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from recast.kernels.coupling_matmul.reference import coupling_matmul
 from recast.passes.forms.algebra import Product
 from recast.passes.forms.blast_fit import fit_blast
 from recast.passes.forms.block_diagonal import BlockDiagonal, even_split
@@ -44,11 +45,7 @@ class Coupling(Operator):
         return self.weights.dtype
 
     def apply(self, x: Tensor) -> Tensor:
-        to, of, rank = self.weights.shape
-        # One product over the groups for each of the r features.
-        groups = x.reshape(-1, of, rank).permute(2, 0, 1)
-        y = torch.bmm(groups, self.weights.to(x.dtype).permute(2, 1, 0))
-        return y.permute(1, 2, 0).reshape(*x.shape[:-1], to * rank)
+        return coupling_matmul(x, self.weights)
 
     def to_dense(self) -> Tensor:
         return torch.diag_embed(self.weights).transpose(1, 2).reshape(self.shape)

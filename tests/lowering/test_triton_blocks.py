@@ -11,9 +11,11 @@ from torch import nn
 import recast
 from recast.kernels.tiles import interpreting
 from recast.lowering.triton.kernels import choose
-from recast.lowering.triton.serving.blocks import BLOCKS, COUPLING, serve
+from recast.lowering.triton.serving.blocks import BLOCKS, serve
+from recast.lowering.triton.serving.coupling import BLAST, COUPLING
 from recast.lowering.triton.serving.low_rank import LOW_RANK
 from recast.passes.forms.algebra import DirectSum, Product
+from recast.passes.forms.blast import Coupling
 from recast.passes.forms.block_diagonal import BlockDiagonal
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.permutation import Permutation, Shuffle
@@ -28,7 +30,7 @@ FORMS = {
     "monarch(blocks=4, rank=1)": BLOCKS,
     "block_shuffle": BLOCKS,
     "block_dense": f"aten + {BLOCKS}",
-    "blast(blocks=4, rank=6, iterations=3)": f"{BLOCKS} + {COUPLING}",
+    "blast(blocks=4, rank=6, iterations=3)": BLAST,
     "block_diagonal(blocks=4) + low_rank(rank=3)": f"{BLOCKS} + {LOW_RANK}",
 }
 
@@ -87,6 +89,13 @@ def test_operators_that_are_served_whole(name: str) -> None:
         (Product(order(12), Product(order(12), random(3, 4, 2))), f"aten + {BLOCKS}"),
         (Product(Dense(torch.randn(5, 12, device=DEVICE)), random(3, 4, 2)), f"aten + {BLOCKS}"),
         (random(3, 4, 2).to(torch.float64), "aten (blocks of float64: no kernel)"),
+        (Coupling(torch.randn(2, 3, 4, device=DEVICE)), COUPLING),
+        (Coupling(torch.randn(2, 3, 4, device=DEVICE)).to(torch.float64), "aten (coupling in float64: no kernel)"),
+        # Blocks that are not the coupling's groups.
+        (
+            Product(random(4, 5, 6), Product(Coupling(torch.randn(3, 2, 8, device=DEVICE)), random(4, 4, 2))),
+            f"{BLOCKS} + {COUPLING}",
+        ),
         (DirectSum((random(3, 4, 2), Dense(torch.randn(5, 4, device=DEVICE)))), "aten"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -96,6 +105,22 @@ def test_operators_that_are_not(operator: Operator, kernel: str) -> None:
     assert name == kernel
     x = torch.randn(3, operator.shape[1], device=DEVICE, dtype=operator.dtype)
     assert_close(emit(packed, x), operator.apply(x), terms=20)
+
+
+@pytest.mark.parametrize("brackets", ["left", "right"])
+def test_groups_of_blast_begin_where_sixteen_bytes_are_loaded(brackets: str) -> None:
+    left, right = random(3, 4, 5), random(2, 5, 7)
+    coupling = Coupling(torch.randn(3, 2, 5, device=DEVICE))
+    operator = (
+        Product(Product(left, coupling), right) if brackets == "left" else Product(left, Product(coupling, right))
+    )
+    kernel, packed, emit = choose(operator)
+    assert kernel == BLAST
+    shapes = {name: tuple(tensor.shape) for name, tensor in packed.tensors().items()}
+    assert shapes == {"left": (3, 4, 16), "weights": (3, 2, 16), "right": (2, 16, 16)}
+    for tokens in (1, 17):
+        x = torch.randn(tokens, 14, device=DEVICE)
+        assert_close(emit(packed, x), operator.apply(x), terms=14)
 
 
 def test_rows_begin_where_sixteen_bytes_are_loaded() -> None:

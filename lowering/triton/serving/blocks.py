@@ -15,15 +15,13 @@ from recast.kernels.block_diagonal_matmul.reference import PADDING
 from recast.lowering.packed import Packed, plain
 from recast.lowering.triton.few import ALWAYS, measured_few
 from recast.passes.forms.algebra import DirectSum, Product
-from recast.passes.forms.blast import Coupling
 from recast.passes.forms.block_diagonal import BlockDiagonal
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.permutation import Permutation, Reordering, Shuffle
 
-__all__ = ["BLOCKS", "COUPLING", "serve"]
+__all__ = ["BLOCKS", "serve"]
 
 BLOCKS = "triton block matmul"
-COUPLING = "aten (coupling of groups: no kernel)"
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,6 @@ class _Step:
 
 def serve(operator: Operator) -> Packed | None:
     """Lay out blocks, a product of blocks and reorderings alone, or a direct sum of blocks; None for anything else."""
-    if isinstance(operator, Coupling):
-        return plain(operator, COUPLING)
     if isinstance(operator, BlockDiagonal):
         steps = [_Step(operator)]
     elif isinstance(operator, Product):
