@@ -11,7 +11,7 @@ from recast.kernels.tiles import interpreting
 from recast.lowering.base import Runner
 from recast.lowering.inductor import Inductor
 from recast.lowering.inline import Choose
-from recast.lowering.triton.kernels import choose
+from recast.lowering.triton.kernels import choice
 from recast.patterns.errors import TargetError
 from recast.patterns.program import Program
 
@@ -21,7 +21,9 @@ __all__ = ["Triton"]
 class Triton(Inductor):
     """Compiles a program with Inductor; packed weights stay packed and are decoded in registers.
 
-    Parameters are those of `Inductor`. Weights are never folded into constants: they would be written out.
+    Parameters are those of `Inductor`. Weights are never folded into constants: they would be written out. With `keep_dense` matrices
+    that are put together from shared atoms of 16 bits are, once, instead of at every call: it takes the memory of a dense
+    weight for each, which the report names beside the kernel.
     """
 
     name: ClassVar[str] = "triton"
@@ -33,7 +35,7 @@ class Triton(Inductor):
         return super().prepare(program)
 
     def _choice(self) -> Choose:
-        return choose
+        return choice(keep_dense=self.keep_dense)
 
     @classmethod
     def installed(cls) -> None:

@@ -21,7 +21,7 @@ from recast.passes.forms.codebook import Codebook
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.quantized import Quantized
 
-__all__ = ["DEQUANTIZING", "WITH_LOW_RANK", "Codes", "codes_of", "serve"]
+__all__ = ["DEQUANTIZING", "WITH_LOW_RANK", "Codes", "codes_of", "refused", "serve"]
 
 DEQUANTIZING = "triton dequantizing matmul"
 WITH_LOW_RANK = "triton dequantizing matmul with low-rank term"
@@ -33,11 +33,11 @@ def serve(operator: Operator) -> Packed | None:
         return _with_low_rank(operator)
     if not isinstance(operator, Quantized | Codebook) or getattr(operator, "activations", False):
         return None
-    reason = _refused(operator)
+    reason = refused(operator)
     return _dequantizing(operator) if reason is None else plain(operator, f"aten ({reason})")
 
 
-def _refused(operator: Quantized | Codebook) -> str | None:
+def refused(operator: Quantized | Codebook) -> str | None:
     """Why the kernel does not take codes, None where it does."""
     if isinstance(operator, Quantized) and operator.activations:
         return "rounded activations: no kernel yet"
@@ -65,7 +65,7 @@ def _dequantizing(operator: Quantized | Codebook) -> Packed:
 
 def _with_low_rank(operator: Sum) -> Packed | None:
     """Codes and a product of two dense factors, added in one pass."""
-    codes = [part for part in operator.parts if isinstance(part, Quantized | Codebook) and _refused(part) is None]
+    codes = [part for part in operator.parts if isinstance(part, Quantized | Codebook) and refused(part) is None]
     factors = [part for part in operator.parts if isinstance(part, Product)]
     if len(operator.parts) != 2 or len(codes) != 1 or len(factors) != 1:
         return None

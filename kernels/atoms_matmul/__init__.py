@@ -1,0 +1,1 @@
+"""Products with a linear combination of matrices whose numbers are codes."""
