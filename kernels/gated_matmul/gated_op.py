@@ -76,7 +76,7 @@ def columns_matmul(x: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
 
     Returns
     -------
-    (..., m) in x's dtype. Gradients reach x and the bias; the weight is a constant.
+    (..., m) in x's dtype. Gradients reach all three.
 
     Examples
     --------
@@ -98,18 +98,20 @@ def _(x: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, columns, bias = inputs
-    ctx.save_for_backward(columns)
+    x, columns, bias = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, columns)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (columns,) = ctx.saved_tensors
+    x, columns = ctx.saved_tensors
     to_x = gradient @ columns.T if ctx.needs_input_grad[0] else None
-    to_bias = None
+    to_columns = to_bias = None
+    if ctx.needs_input_grad[1]:
+        to_columns = x.reshape(-1, x.shape[-1]).T @ gradient.reshape(-1, gradient.shape[-1])
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return to_x, None, to_bias
+    return to_x, to_columns, to_bias
 
 
 columns_matmul.register_autograd(_gradients, setup_context=_keep)

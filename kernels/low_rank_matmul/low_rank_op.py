@@ -87,8 +87,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     to_x = to_left = to_right = to_bias = None
     if ctx.needs_input_grad[0]:
         # The transposed weight is of low rank too, its factors the transposed ones in the other order.
-        few = bound_by_memory(x.dtype) if ctx.few is None else ctx.few
-        to_x = _product(back, far.T, near.T, None, few).reshape(x.shape)
+        to_x = low_rank_matmul(gradient, far.T, near.T, None, ctx.few)
     if ctx.needs_input_grad[1]:
         to_left = (back.T @ (flat @ far.T)).to(left.dtype)
     if ctx.needs_input_grad[2]:

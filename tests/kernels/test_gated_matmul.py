@@ -82,16 +82,24 @@ def test_operations(tokens: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("tokens", [2, FEW + 2])
 def test_operations_for_compilers_and_gradients(tokens: int) -> None:
-    columns = torch.randn(20, 12, device=DEVICE)
+    columns = torch.randn(20, 12, device=DEVICE, requires_grad=True)
     x = torch.randn(tokens, 20, device=DEVICE, requires_grad=True)
     bias = torch.randn(12, device=DEVICE, requires_grad=True)
     out = torch.randn(tokens, 12, device=DEVICE)
-    to_x, to_bias = torch.autograd.grad(columns_matmul(x, columns, bias), (x, bias), out)
+    operands = x, columns, bias
+    to_x, to_columns, to_bias = torch.autograd.grad(columns_matmul(*operands), operands, out)
     assert_close(to_x, out.double() @ columns.double().T, terms=12)
+    assert_close(to_columns, x.double().T @ out.double(), terms=tokens)
     assert_close(to_bias, out.double().sum(0), terms=tokens)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(columns_matmul, (x, columns, bias), test_utils=checks)
     torch.library.opcheck(gate_cuts, (x.detach(), None, 7), test_utils=checks)
+
+
+def test_gradients_in_float64() -> None:
+    sizes = ((FEW + 1, 4), (4, 3), (3,))
+    operands = [torch.randn(size, dtype=torch.float64, device=DEVICE, requires_grad=True) for size in sizes]
+    assert torch.autograd.gradcheck(columns_matmul, operands)
 
 
 @pytest.mark.parametrize("tokens", [3, FEW + 2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,6 +76,26 @@ def test_gradients(dtype: torch.dtype, tokens: int) -> None:
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == dtype
         assert_close(one, other, terms=tokens + 20)
+
+
+def test_gradients_in_float64_and_of_gradients() -> None:
+    sizes = ((3, 4), (5, 2), (2, 4), (5,))
+    operands = [torch.randn(size, dtype=torch.float64, device=DEVICE, requires_grad=True) for size in sizes]
+    assert torch.autograd.gradcheck(low_rank_matmul, operands)
+    assert torch.autograd.gradgradcheck(low_rank_matmul, operands)
+
+
+def test_gradients_of_gradients_through_the_kernel() -> None:
+    x, left, right = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((3, 4), (5, 2), (2, 4)))
+
+    def second(product: Callable[..., Tensor], *operands: Tensor) -> tuple[Tensor, ...]:
+        y = product(*operands).square().sum()
+        return torch.autograd.grad(torch.autograd.grad(y, operands[0], create_graph=True)[0].square().sum(), operands)
+
+    found = second(lambda *operands: low_rank_matmul(*operands, None), x, left, right)
+    wide = [t.detach().double().requires_grad_() for t in (x, left, right)]
+    for one, other in zip(found, second(expected, *wide), strict=True):
+        assert_close(one, other, terms=100)
 
 
 def test_operation_for_compilers() -> None:
