@@ -215,7 +215,7 @@ def measure(
                 prepared.run(inputs)
             row.fidelity = assess(prepared.run) if assess else {}
         except Exception as error:  # noqa: BLE001  (whatever a peer raises, the row says it and the rest is measured)
-            row.absent = f"failed: {_without_paths(error)}"
+            row.absent = f"failed: {without_paths(error)}"
             log(f"  {row.absent}")
             continue
         row.bytes, row.note = prepared.bytes, prepared.note
@@ -293,7 +293,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _without_paths(error: BaseException) -> str:
+def without_paths(error: BaseException) -> str:
     """The first line of an error, without folders of this machine."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     text = re.sub(r"(?:/[\w.+-]+)+/(?=[\w.+-])", "", lines[0]).strip()
