@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 def main(given: list[str] | None = None) -> int:
     """Check, measure, print, write."""
+    begun = time.monotonic()
     asked = arguments(given)
+    asked.begun = begun
     if asked.picture is not None:
         return pictures(asked)
     if asked.device == "cpu":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import recast.kernels
 from benchmarks.harness import machine_facts, without_paths
-from benchmarks.kernels_gpu_check import checked, gap, told, wide
+from benchmarks.kernels_gpu_check import checked, gap, told, wide, within
 from benchmarks.kernels_gpu_marks import (
     DENSE,
     LAYERS,
@@ -40,7 +40,9 @@ from benchmarks.kernels_gpu_time import ROUNDS, Clock, Cuda, Turn, copies, figur
 from recast.kernels.timed import BenchCase, Prepared, Run, cases, moved
 
 ROOT = Path(__file__).resolve().parent.parent
-RESERVE = 25.0  # seconds that a step is thought to take before any was seen: a tuned product compiles so long
+# Seconds that a step is thought to take before any was seen: what is tuned compiles long.
+RESERVE, RESERVE_TUNED, RESERVE_STACK = 10.0, 25.0, 120.0
+CHECK_LIMIT = 180.0  # seconds of one kernel's checks, compilations and all
 WAYS_FROM = 64  # tokens; for fewer, memory binds, and writing a weight out moves it several times
 
 
@@ -60,7 +62,7 @@ class Session:
         self.rows: list[dict[str, Any]] = []
         self.checks: list[dict[str, Any]] = []
         self.stopped = ""
-        self._end = time.monotonic() + 60 * asked.minutes
+        self._end = asked.begun + 60 * asked.minutes
         self._longest: dict[str, float] = {}
         self._ready: dict[str, tuple[Prepared, Sequence[Mapping[str, Tensor]], Run]] = {}
         self._layer = ""
@@ -74,7 +76,8 @@ class Session:
 
         def where(machine: Mapping[str, Any]) -> list[Any]:
             libraries = machine["libraries"]
-            return [machine.get("gpu"), machine["cpu"], libraries.get("torch"), libraries.get("triton")]
+            device = machine.get("gpu", machine["cpu"]) if self.clock.device.type == "cuda" else machine["cpu"]
+            return [device, libraries.get("torch"), libraries.get("triton")]
 
         if where(before["machine"]) != where(self.machine):
             raise ValueError(
@@ -85,6 +88,8 @@ class Session:
         self.rows = [
             r for r in before["rows"] if r["name"] in kernels and r["source"] == self._source(kernels[r["name"]])
         ]
+        for row in self.rows:  # what a check said of all rows is said anew
+            row["wrong"] = row.get("limit") is not None and not within(row)
         self.checks = [
             c
             for c in before["checks"]
@@ -108,7 +113,9 @@ class Session:
 
     def _left(self, what: str = "") -> float:
         """Seconds left beside what a step of this kind took at most; raises where none are."""
-        seen = self._longest.get(what, 0.0 if self.asked.quick else RESERVE if what == TUNED else 10.0)
+        tuned = what in self.cases and self.cases[what].compiled.startswith("max-autotune")
+        first = RESERVE_STACK if what == STACK else RESERVE_TUNED if tuned else RESERVE
+        seen = self._longest.get(what, 0.0 if self.asked.quick else first)
         left = self._end - time.monotonic() - 1.2 * seen
         if left <= 0:
             raise Over
@@ -120,7 +127,12 @@ class Session:
     def _check(self) -> None:
         """All cases that were not checked yet, each in a process of its own; in this one in the interpreter."""
         there = {check["case"] for check in self.checks}
-        rest = [c for c in self.cases.values() if c.kernel and c.name not in there and self._wanted(c.name)]
+        titles = {
+            name: [name] + [Group(layer, count, ()).title(name) for layer in self.layers for count in self.tokens]
+            for name, case in self.cases.items()
+            if case.kernel and name not in there
+        }
+        rest = [self.cases[name] for name, several in titles.items() if any(map(self._wanted, several))]
         if self.clock.device.type == "cpu":
             for case in rest:
                 self._left("check")
@@ -138,11 +150,13 @@ class Session:
         about: dict[str, Any] = {"case": case.name, "kernel": case.kernel, "peer": case.peer, "checks": 0}
         command = [sys.executable, "-m", "benchmarks.kernels_gpu_check", case.name, *["--quick"] * self.asked.quick]
         try:
-            limit = min(180.0, self._left("check"))
+            limit = min(CHECK_LIMIT, self._left("check"))
             ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit)
         except Over:
             return None
         except subprocess.TimeoutExpired:
+            if limit < CHECK_LIMIT:  # the time is over, and nothing is wrong
+                return None
             return about | {"failed": [f"not done after {limit:.0f} seconds"]}
         if ended.returncode:
             why = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
@@ -238,7 +252,7 @@ class Session:
     def _stack(self, group: Group) -> None:
         row: dict[str, Any] = {"layer": group.layer, "tokens": 1, "name": STACK, "family": "stack", "peer": False}
         row |= {"kernel": "quantized_matmul", "source": self._source("quantized_matmul")}
-        self._left(TUNED)
+        self._left(STACK)
         self._at("")
         sizes = QUICK_SIZES if self.asked.quick else SIZES
         try:

@@ -50,6 +50,9 @@ def checks_table(checks: Sequence[Row], rows: Sequence[Row]) -> Table:
         if check["peer"] and bad:
             table.add_row(check["kernel"], check["case"], str(check["checks"]), bad[0], style="dim")
             continue
+        if not check["checks"] and not bad:
+            table.add_row(check["kernel"], check["case"], "0", "not for these numbers of tokens", style="dim")
+            continue
         found = f"{len(bad)} wrong: {bad[0]}" if bad else f"right; at most {check['worst']:.2f} of what rounding allows"
         table.add_row(check["kernel"], check["case"], str(check["checks"]), found, style="red" if bad else "")
     for row in rows:
@@ -79,13 +82,3 @@ def marks_table(marks: Sequence[Row]) -> Table:
             style=style,
         )
     return table
-
-
-def said(marks: Sequence[Row]) -> str:
-    """The marks as a table in Markdown, for `docs/kernels.md`."""
-    lines = ["| held to | measured | at least | met |", "|---|---|---|---|"]
-    for mark in marks:
-        measured = "not measured" if mark["measured"] is None else f"{mark['measured']:.3g}"
-        met = {True: "yes", False: "no", None: "-"}[mark["met"]]
-        lines.append(f"| {mark['mark']} | {measured} | {mark['at least']:.3g} | {met} |")
-    return "\n".join(lines) + "\n"

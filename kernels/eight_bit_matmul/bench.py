@@ -79,7 +79,7 @@ def _laid_out(rows: int, inputs: int, device: torch.device, product: Product, *,
         """Rounded as in float32, so that ties fall the same way; multiplied in float64."""
 
         def multiplied(codes: Tensor) -> Tensor:
-            return codes.double() @ given["values"].double().T * given["scale"].double()
+            return codes.double() @ given["values"].float().double().T * given["scale"].double()
 
         if floats:
             return rounded_product(x.float(), _E4M3, multiplied).double()

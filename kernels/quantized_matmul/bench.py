@@ -118,7 +118,7 @@ def _laid_out(
         return run
 
     def meant(given: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        numbers = codes.view(torch.float8_e4m3fn).double() if of == "float" else codes.double()
+        numbers = codes.view(torch.float8_e4m3fn).float().double() if of == "float" else codes.double()
         if of == "table":
             numbers = given["table"].double()[codes.int()]
         elif of == "integer":
@@ -165,7 +165,7 @@ def _eight(values: Tensor, rows: int, inputs: int, device: torch.device, run: Ru
     held = {"values": values, "scale": _scaled(rows, inputs, device).to(torch.bfloat16)}
 
     def meant(given: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return x @ given["values"].double().T * given["scale"].double()
+        return x @ given["values"].float().double().T * given["scale"].double()
 
     return Prepared(held, run, meant, moved(held, rows, inputs))
 
