@@ -28,10 +28,10 @@ def between_nan(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("piece", [FEW, MANY, Piece(2, 2, 8)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(3, 5, 33), (17, 18, 7), (1, 1, 300)], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 5, 33), (5, 18, 7), (1, 1, 300)], ids=str)
 def test_kernel_between_nan(sizes: tuple[int, int, int], dtype: torch.dtype, piece: Piece) -> None:
     weights = torch.randn(sizes, device=DEVICE).to(dtype)
-    x = torch.randn(9, sizes[1] * sizes[2], device=DEVICE).to(dtype)
+    x = torch.randn(5, sizes[1] * sizes[2], device=DEVICE).to(dtype)
     wanted = expected(x, weights)
     assert_close(launch(between_nan(x), between_nan(weights), piece=piece), wanted, terms=sizes[1])
     # The gradient of x has groups exchanged, which is strides.
