@@ -139,7 +139,8 @@ def _spread(per_group: Tensor, inputs: int, group: int) -> Tensor:
 
 
 def _scaled(rows: int, inputs: int, device: torch.device) -> Tensor:
-    return (torch.rand(rows, device=device) + 0.5) / (inputs**0.5 * 64)
+    y: Tensor = (torch.rand(rows, device=device) + 0.5) / (inputs**0.5 * 64)
+    return y
 
 
 def _int4pack(rows: int, inputs: int, dtype: torch.dtype, device: torch.device) -> Prepared:

@@ -24,7 +24,7 @@ typedef struct {
   const float *x;       /* (tokens, BLOCK * blocks), zeros where a row of the weight has ended */
   int8_t *rounded;      /* the same as bytes, written, in the order of the decoded codes */
   float *step;          /* (tokens, groups), written: what a one of the bytes stands for */
-  float *sums;          /* (tokens, groups), written: of the rounded x of a group */
+  int32_t *sums;        /* (tokens, groups), written: of the bytes of a group, times the zero point where all have the same */
   const uint8_t *codes; /* (rows, 4 * bits * blocks) */
   const float *scale;   /* (rows, groups) */
   const float *zero;    /* (rows, groups), whole numbers, or one where `zeros` is 0 */
@@ -97,100 +97,118 @@ INLINE float add_up(__m256 v) {
   return total;
 }
 
-/* sum_g scale[g] * zero[g] * sums[g] */
-static float shift(const product *p, int64_t r, const float *sums, float middle) {
-  const float *scale = p->scale + r * p->groups, *zero = p->zeros ? p->zero + r * p->groups : 0;
-  __m256 total = _mm256_setzero_ps();
-  float rest = 0;
-  int64_t g = 0;
-  for (; g + 8 <= p->groups; g += 8) {
-    const __m256 from = _mm256_add_ps(zero ? _mm256_loadu_ps(zero + g) : _mm256_setzero_ps(), _mm256_set1_ps(middle));
-    total = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_loadu_ps(scale + g), from), _mm256_loadu_ps(sums + g), total);
-  }
-  for (; g < p->groups; g++) rest += scale[g] * ((zero ? zero[g] : 0) + middle) * sums[g];
-  return rest + add_up(total);
+/* What the zero points take from the sum of a group of a row, in the lowest of eight numbers. */
+INLINE __m256i less(const product *p, const int bits, const int zeros, int64_t r, int64_t g, int32_t sum) {
+  if (zeros) sum *= (int32_t)p->zero[r * p->groups + g] - (bits == 8 ? 128 : 0);
+  return _mm256_zextsi128_si256(_mm_cvtsi32_si128(-sum));
 }
 
-/* ROWS rows from `r` on times TOKENS vectors from `first` on; products of PAIRS * 2 + 1 blocks at most are added up in 16 bits,
- * `two` blocks decoded at once where groups are a multiple of two. */
-#define TILE(NAME, BITS, RUN, ROWS, TOKENS)                                                                                  \
-  static void NAME(const product *p, int64_t first, int64_t r) {                                                             \
-    const int64_t groups = p->groups, of_group = p->blocks / groups, width = BLOCK * p->blocks, row = p->blocks * 4 * (BITS); \
-    const int8_t *x = p->rounded + first * width;                                                                            \
-    const float *step = p->step + first * groups, *scale = p->scale + r * groups;                                            \
-    const uint8_t *at = p->codes + r * row;                                                                                  \
-    const __m256i ones = _mm256_set1_epi16(1);                                                                               \
-    __m256 total[ROWS][TOKENS];                                                                                              \
-    for (int i = 0; i < ROWS; i++)                                                                                           \
-      for (int t = 0; t < TOKENS; t++) total[i][t] = _mm256_setzero_ps();                                                    \
-    for (int64_t g = 0, b = 0; g < groups; g++) {                                                                            \
-      __m256i sum[ROWS][TOKENS];                                                                                             \
-      for (int i = 0; i < ROWS; i++)                                                                                         \
-        for (int t = 0; t < TOKENS; t++) sum[i][t] = _mm256_setzero_si256();                                                 \
-      for (const int64_t end = b + of_group; b < end;) {                                                                     \
-        __m256i part[ROWS][TOKENS];                                                                                          \
-        for (int i = 0; i < ROWS; i++)                                                                                       \
-          for (int t = 0; t < TOKENS; t++) part[i][t] = _mm256_setzero_si256();                                              \
-        const int64_t stop = b + (RUN) < end ? b + (RUN) : end;                                                              \
-        if (of_group % 2 == 0)                                                                                               \
-          for (; b < stop; b += 2, at += 8 * (BITS))                                                                         \
-            for (int i = 0; i < ROWS; i++) {                                                                                 \
-              __m256i two[2];                                                                                                \
-              codes_of_two(BITS, at + i * row, two);                                                                         \
-              for (int t = 0; t < TOKENS; t++) {                                                                             \
-                const int8_t *own = x + t * width + b * BLOCK;                                                               \
-                if ((BITS) == 8) /* two sums of 16 bits have no room for each other */                                       \
-                  part[i][t] = _mm256_add_epi32(_mm256_madd_epi16(products(BITS, two[0], own), ones),                        \
-                                                _mm256_madd_epi16(products(BITS, two[1], own + BLOCK), ones));               \
-                else                                                                                                         \
-                  part[i][t] = _mm256_add_epi16(part[i][t], _mm256_add_epi16(products(BITS, two[0], own),                    \
-                                                                             products(BITS, two[1], own + BLOCK)));          \
-              }                                                                                                              \
-            }                                                                                                                \
-        else                                                                                                                 \
-          for (; b < stop; b++, at += 4 * (BITS))                                                                            \
-            for (int i = 0; i < ROWS; i++) {                                                                                 \
-              const __m256i codes = codes_of(BITS, at + i * row);                                                            \
-              for (int t = 0; t < TOKENS; t++) {                                                                             \
-                const __m256i found = products(BITS, codes, x + t * width + b * BLOCK);                                      \
-                part[i][t] = (BITS) == 8 ? _mm256_add_epi32(part[i][t], _mm256_madd_epi16(found, ones))                      \
-                                         : _mm256_add_epi16(part[i][t], found);                                              \
-              }                                                                                                              \
-            }                                                                                                                \
-        for (int i = 0; i < ROWS; i++)                                                                                       \
-          for (int t = 0; t < TOKENS; t++)                                                                                   \
-            sum[i][t] = _mm256_add_epi32(sum[i][t], (BITS) == 8 ? part[i][t] : _mm256_madd_epi16(part[i][t], ones));         \
-      }                                                                                                                      \
-      for (int i = 0; i < ROWS; i++) {                                                                                       \
-        const __m256 own = _mm256_broadcast_ss(scale + i * groups + g);                                                      \
-        for (int t = 0; t < TOKENS; t++) {                                                                                   \
-          const __m256 each = _mm256_mul_ps(own, _mm256_broadcast_ss(step + t * groups + g));                                \
-          total[i][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i][t]), each, total[i][t]);                                   \
-        }                                                                                                                    \
-      }                                                                                                                      \
-    }                                                                                                                        \
-    const float middle = (p->zeros ? 0 : p->zero[0]) - ((BITS) == 8 ? 128 : 0);                                              \
-    for (int i = 0; i < ROWS; i++)                                                                                           \
-      for (int t = 0; t < TOKENS; t++)                                                                                       \
-        p->out[(first + t) * p->rows + r + i] = add_up(total[i][t]) - shift(p, r + i, p->sums + (first + t) * groups, middle); \
-  }
+/* Sums of 16 bits as sums of 32; of eight-bit codes two products fill 16 bits, and theirs are 32 already. */
+INLINE __m256i widened(const int bits, const __m256i part) {
+  return bits == 8 ? part : _mm256_madd_epi16(part, _mm256_set1_epi16(1));
+}
 
-/* Tokens in fours, twos and ones; with each the most rows, and one for those that are left. */
-#define KIND(NAME, BITS, RUN)         \
-  TILE(NAME##_1_1, BITS, RUN, 1, 1)   \
-  TILE(NAME##_1_2, BITS, RUN, 1, 2)   \
-  TILE(NAME##_1_4, BITS, RUN, 1, 4)   \
-  TILE(NAME##_2_2, BITS, RUN, 2, 2)   \
-  TILE(NAME##_4_1, BITS, RUN, 4, 1)
+INLINE __m256i add(const int bits, const __m256i part, const __m256i found) {
+  return bits == 8 ? _mm256_add_epi32(part, _mm256_madd_epi16(found, _mm256_set1_epi16(1))) : _mm256_add_epi16(part, found);
+}
+
+#define ALL(I, COUNT) _Pragma("GCC unroll 4") for (int I = 0; I < (COUNT); I++)
+
+/* Adds `count` blocks of `rows` rows and `tokens` vectors to their sums, two blocks at a time. */
+INLINE void add_pairs(const int bits, const int rows, const int tokens, const int64_t count, const uint8_t *at, int64_t row,
+                      const int8_t *x, int64_t width, __m256i part[4][4]) {
+  for (int64_t b = 0; b < count; b += 2)
+    ALL(i, rows) {
+      __m256i two[2];
+      codes_of_two(bits, at + i * row + b * 4 * bits, two);
+      ALL(t, tokens) {
+        const int8_t *own = x + t * width + b * BLOCK;
+        part[i][t] = add(bits, add(bits, part[i][t], products(bits, two[0], own)), products(bits, two[1], own + BLOCK));
+      }
+    }
+}
+
+/* `rows` rows from `r` on times `tokens` vectors from `first` on; `run` blocks are added up in 16 bits. Groups have `of` blocks, 0: any
+ * number. What is constant where it is called is so in the code that is made of it. */
+INLINE void multiply(const product *p, int64_t first, int64_t r, const int bits, const int run, const int rows, const int tokens,
+                     const int of, const int zeros) {
+  const int64_t groups = p->groups, of_group = of ? of : p->blocks / groups, width = BLOCK * p->blocks, row = p->blocks * 4 * bits;
+  const int8_t *x = p->rounded + first * width;
+  const float *step = p->step + first * groups, *scale = p->scale + r * groups;
+  const int32_t *sums = p->sums + first * groups;
+  const uint8_t *at = p->codes + r * row;
+  __m256 total[4][4];
+  ALL(i, rows) ALL(t, tokens) total[i][t] = _mm256_setzero_ps();
+  for (int64_t g = 0; g < groups; g++, at += of_group * 4 * bits, x += of_group * BLOCK) {
+    __m256i sum[4][4], part[4][4];
+    ALL(i, rows) ALL(t, tokens) sum[i][t] = less(p, bits, zeros, r + i, g, sums[t * groups + g]);
+    if (of) { /* all in 16 bits, whatever the codes */
+      ALL(i, rows) ALL(t, tokens) part[i][t] = _mm256_setzero_si256();
+      _Pragma("GCC unroll 2") for (int b = 0; b < of; b += 2)
+        add_pairs(bits, rows, tokens, 2, at + b * 4 * bits, row, x + b * BLOCK, width, part);
+      ALL(i, rows) ALL(t, tokens) sum[i][t] = _mm256_add_epi32(sum[i][t], widened(bits, part[i][t]));
+    } else {
+      for (int64_t b = 0; b < of_group; b += run) {
+        const int64_t count = b + run < of_group ? run : of_group - b;
+        ALL(i, rows) ALL(t, tokens) part[i][t] = _mm256_setzero_si256();
+        if (of_group % 2 == 0)
+          add_pairs(bits, rows, tokens, count, at + b * 4 * bits, row, x + b * BLOCK, width, part);
+        else
+          for (int64_t k = b; k < b + count; k++)
+            ALL(i, rows) {
+              const __m256i codes = codes_of(bits, at + i * row + k * 4 * bits);
+              ALL(t, tokens) part[i][t] = add(bits, part[i][t], products(bits, codes, x + t * width + k * BLOCK));
+            }
+        ALL(i, rows) ALL(t, tokens) sum[i][t] = _mm256_add_epi32(sum[i][t], widened(bits, part[i][t]));
+      }
+    }
+    ALL(i, rows) {
+      const __m256 own = _mm256_broadcast_ss(scale + i * groups + g);
+      ALL(t, tokens) {
+        const __m256 each = _mm256_mul_ps(own, _mm256_broadcast_ss(step + t * groups + g));
+        total[i][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i][t]), each, total[i][t]);
+      }
+    }
+  }
+  ALL(i, rows) ALL(t, tokens) p->out[(first + t) * p->rows + r + i] = add_up(total[i][t]);
+}
+
+/* Tokens in fours, twos and ones, with each the most rows; groups of any size, of 64 and of 128 inputs. And a row at a time, for those
+ * that are left. */
+#define TILE(NAME, BITS, RUN, ROWS, TOKENS, OF)                                                                                 \
+  static void NAME(const product *p, int64_t first, int64_t r) {                                                                \
+    if (p->zeros)                                                                                                               \
+      multiply(p, first, r, BITS, RUN, ROWS, TOKENS, OF, 1);                                                                    \
+    else                                                                                                                        \
+      multiply(p, first, r, BITS, RUN, ROWS, TOKENS, OF, 0);                                                                    \
+  }
+#define THREE(NAME, BITS, RUN, OF)         \
+  TILE(NAME##_1, BITS, RUN, 4, 1, OF)      \
+  TILE(NAME##_2, BITS, RUN, 2, 2, OF)      \
+  TILE(NAME##_4, BITS, RUN, 1, 4, OF)
+#define SINGLE(NAME, BITS, RUN)            \
+  TILE(NAME##_single_1, BITS, RUN, 1, 1, 0) \
+  TILE(NAME##_single_2, BITS, RUN, 1, 2, 0) \
+  TILE(NAME##_single_4, BITS, RUN, 1, 4, 0)
+#define KIND(NAME, BITS, RUN) THREE(NAME, BITS, RUN, 0) SINGLE(NAME, BITS, RUN)
 
 KIND(integer2, 2, 32)
 KIND(integer3, 3, 16)
 KIND(integer4, 4, 8)
-KIND(integer8, 8, 2)
+KIND(integer8, 8, 1 << 20)
+THREE(integer2_64, 2, 32, 2)
+THREE(integer3_64, 3, 16, 2)
+THREE(integer4_64, 4, 8, 2)
+THREE(integer2_128, 2, 32, 4)
+THREE(integer3_128, 3, 16, 4)
+THREE(integer4_128, 4, 8, 4)
 
 typedef void tile(const product *, int64_t, int64_t);
-#define TILES(NAME) {{NAME##_1_1, NAME##_1_2, NAME##_1_4}, {NAME##_4_1, NAME##_2_2, NAME##_1_4}}
-static tile *const tiles[4][2][3] = {TILES(integer2), TILES(integer3), TILES(integer4), TILES(integer8)};
+#define NAMED(NAME) {NAME##_1, NAME##_2, NAME##_4}
+#define TILES(NAME) {NAMED(NAME), NAMED(NAME##_64), NAMED(NAME##_128)}
+static tile *const tiles[4][3][3] = {TILES(integer2), TILES(integer3), TILES(integer4),
+                                     {NAMED(integer8), NAMED(integer8), NAMED(integer8)}};
+static tile *const singles[4][3] = {NAMED(integer2_single), NAMED(integer3_single), NAMED(integer4_single), NAMED(integer8_single)};
 static const int64_t rows_of[3] = {4, 2, 1};
 
 /* Where the bytes of an input stand, among those of two blocks: as `codes_of_two` gives the codes. */
@@ -216,12 +234,13 @@ static void round_group(const product *p, int64_t i, int64_t count) {
     sum += rounded;
   }
   p->step[i] = step;
-  p->sums[i] = step * (float)sum;
+  p->sums[i] = p->zeros ? sum : ((int32_t)p->zero[0] - (p->bits == 8 ? 128 : 0)) * sum;
 }
 
 void rounded_tokens(const product *p) {
-  tile *const(*own)[3] = tiles[p->bits == 8 ? 3 : p->bits - 2];
+  const int kind = p->bits == 8 ? 3 : p->bits - 2;
   const int64_t of_group = BLOCK * (p->blocks / p->groups);
+  tile *const *own = tiles[kind][of_group == 64 ? 1 : of_group == 128 ? 2 : 0];
 #pragma omp parallel num_threads(p->threads)
   {
 #pragma omp for schedule(static)
@@ -233,8 +252,8 @@ void rounded_tokens(const product *p) {
       for (int step = 2; step >= 0; step--)
         for (; t + (1 << step) <= p->tokens; t += 1 << step) {
           int64_t r = begin;
-          for (; r + rows_of[step] <= end; r += rows_of[step]) own[1][step](p, t, r);
-          for (; r < end; r++) own[0][step](p, t, r);
+          for (; r + rows_of[step] <= end; r += rows_of[step]) own[step](p, t, r);
+          for (; r < end; r++) singles[kind][step](p, t, r);
         }
     }
   }

@@ -73,7 +73,7 @@ def rounded_tokens(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None,
     x = torch.nn.functional.pad(x, (0, blocks * BLOCK - features)).contiguous()
     rounded = torch.empty_like(x, dtype=torch.int8)
     step = x.new_empty((tokens, groups))
-    sums = torch.empty_like(step)
+    sums = torch.empty_like(step, dtype=torch.int32)
     middle = scale.new_full((1,), 2.0 ** (bits - 1)) if zero is None else zero
     held = (x, rounded, step, sums, codes, scale, middle, out)
     library.rounded_tokens(

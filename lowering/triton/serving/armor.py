@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def serve(operator: Operator) -> Packed | None:
         y: Tensor = armor_matmul(x.to(dtype), *(tensors[name] for name in held), None, few)
         return y.to(x.dtype)
 
-    about = core.features, dtype, words.device, "armor", *left.shape, *right.shape
+    about: tuple[Any, ...] = core.features, dtype, words.device, "armor", *left.shape, *right.shape
     few = measured_few(functools.partial(multiply, held), *about)
     return Packed(operator, ARMOR, held, functools.partial(multiply, few=ALWAYS if few is None else few))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def serve(operator: Operator) -> Packed | None:
     # One number for the whole product: what a reordering costs depends on who stores what it reorders.
     first = steps[0].blocks
     shapes = [(tuple(s.blocks.blocks.shape), _told(s.before), _told(s.after)) for s in steps]
-    about = operator.shape[1], first.dtype, first.blocks.device, "blocks", *shapes
+    about: tuple[Any, ...] = operator.shape[1], first.dtype, first.blocks.device, "blocks", *shapes
     few = measured_few(functools.partial(multiply, held), *about)
     return Packed(operator, BLOCKS, held, functools.partial(multiply, few=ALWAYS if few is None else few))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def serve(operator: Operator) -> Packed | None:
         y: Tensor = low_rank_matmul(x, tensors["left"], tensors["right"], None, few)
         return y
 
-    about = operator.shape[1], operator.dtype, held["left"].device, "low rank", *held["left"].shape
+    about: tuple[Any, ...] = operator.shape[1], operator.dtype, held["left"].device, "low rank", *held["left"].shape
     few = measured_few(functools.partial(multiply, held), *about)
     # Where nothing was timed, as many as memory decides for.
     return Packed(operator, LOW_RANK, held, functools.partial(multiply, few=few))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,16 @@ def serve(operator: Operator) -> Packed | None:
         y: Tensor = sparse24_codes_matmul(x, tensors["values"], tensors["places"], *parts, None, bits, group, few)
         return y
 
-    about = operator.features, operator.dtype, words.device, "2:4 codes", operator.shape[0], bits, group, *held
+    about: tuple[Any, ...] = (
+        operator.features,
+        operator.dtype,
+        words.device,
+        "2:4 codes",
+        operator.shape[0],
+        bits,
+        group,
+        *held,
+    )
     few = measured_few(functools.partial(multiply, held), *about)
     return Packed(operator, SPARSE24_CODES, held, functools.partial(multiply, few=ALWAYS if few is None else few))
 
