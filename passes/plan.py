@@ -161,7 +161,7 @@ def plan(
         statistics=calibration.hash if calibration is not None else None,
         calibration=calibration,
         coverage=covered.fraction,
-        notes=[*_idle(asked, sites, smaller.names), *_kept(sites, entries), *_notes(seen)],
+        notes=[*_idle(asked, sites, smaller.names), *_kept(sites, entries), *_notes(seen), *_unseen(entries, seen)],
     )
 
 
@@ -179,6 +179,19 @@ def _notes(fitted: Mapping[str, Stats | None]) -> list[str]:
         f"low; batches that bring every site {max(features for _, features in seen)} vectors or more would do"
     )
     return [text]
+
+
+def _unseen(entries: Mapping[str, Entry], seen: Mapping[str, Stats | None]) -> list[str]:
+    """Say which forms are not what they are with data, since there is none."""
+    blind: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        if seen.get(name) is None and (told := entry.form.without_data) is not None:
+            blind.setdefault(told, []).append(name)
+    return [
+        f"no statistics: {told}, at {len(names)} of {len(entries)} sites ({', '.join(names[:3])}"
+        f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}); recast.calibrate, or `--calibrate`, gathers them"
+        for told, names in blind.items()
+    ]
 
 
 def check_coverage(found: float, asked: float, covered: Any) -> None:

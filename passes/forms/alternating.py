@@ -14,7 +14,8 @@ from recast.passes.forms.form import Form, data_error
 from recast.passes.forms.gradient import refine
 from recast.passes.forms.linear_algebra import behind, best_left, leading_subspace, pseudo_inverse
 from recast.passes.forms.operator import Operator
-from recast.passes.forms.stats import Stats, row_errors
+from recast.passes.forms.stats import Stats, all_finite, row_errors
+from recast.patterns.errors import WeightError
 
 __all__ = ["fit_product", "fit_sum", "wide_dtype"]
 
@@ -85,7 +86,12 @@ def fit_product(
     all factors together take some steps of Adam.
     """
     turns = _Turns(factors, shapes, weight, stats)
-    starts = [_best_round(weight, stats, turns.rounds(start)) for start in turns.starts()]
+    starts = [_best_round(weight, stats, turns.rounds(start)) for start in turns.starts() if start is not None]
+    if not starts:
+        text = " @ ".join(map(str, factors))
+        raise WeightError(
+            f"{text}: factors of this weight {tuple(weight.shape)} leave the range of {weight.dtype}; weight.float() would work"
+        )
     best = min(starts, key=lambda found: found[0])[1]
     # For the inner factors the turns are no more than a heuristic: the gradient of the error goes on from there.
     return refine(best, weight, stats)
@@ -100,8 +106,11 @@ class _Turns:
     ) -> None:
         self.factors, self.shapes, self.weight, self.stats = factors, shapes, weight, stats
 
-    def starts(self) -> Iterator[Parts]:
-        """Begin with one factor carrying the weight and identities around it, and with the halves of SVDs."""
+    def starts(self) -> Iterator[Parts | None]:
+        """Begin with one factor carrying the weight and identities around it, and with the halves of SVDs.
+
+        None where numbers leave the range of the weight's dtype: what one factor all but drops, the next would make up for.
+        """
         square = [m == n for m, n in self.shapes]
         for carrier in range(len(self.factors)):
             if all(is_square for i, is_square in enumerate(square) if i != carrier):
@@ -112,16 +121,19 @@ class _Turns:
         if all(inner <= min(self.weight.shape) for inner, _ in self.shapes[1:]):
             yield self._split()
 
-    def _split(self) -> Parts:
+    def _split(self) -> Parts | None:
         parts: list[Operator] = []
         rest, stats = self.weight.double(), self.stats
         for i in range(len(self.factors) - 1, 0, -1):
             gram = None if stats is None else stats.gram
             half = leading_subspace(rest, gram, rank=self.shapes[i][0]).T @ rest
             parts.append(self._fit(i, half, stats))
+            if not _holds(parts[-1]):
+                return None
             seen, seen_gram = behind(parts[-1], stats)
             rest, stats = best_left(rest, parts[-1], stats, seen_gram), seen
-        return (self._fit(0, rest, stats), *reversed(parts))
+        first = self._fit(0, rest, stats)
+        return (first, *reversed(parts)) if _holds(first) else None
 
     def rounds(self, parts: Parts) -> Iterator[Operator]:
         least = data_error(self.weight, _multiplied(parts), self.stats)
@@ -130,13 +142,15 @@ class _Turns:
             for i in range(len(parts)):
                 tried = self._solved(parts, i)
                 # What is lost in a factor within, the first factor can make up for.
-                for candidate in (tried,) if i == 0 else (tried, self._solved(tried, 0)):
+                for candidate in (tried,) if i == 0 or tried is None else (tried, self._solved(tried, 0)):
+                    if candidate is None:
+                        continue
                     error = data_error(self.weight, _multiplied(candidate), self.stats)
                     if error < least:
                         parts, least = candidate, error
 
-    def _solved(self, parts: Sequence[Operator | None], i: int) -> Parts:
-        """Fit factor i to its target, all others held."""
+    def _solved(self, parts: Sequence[Operator | None], i: int) -> Parts | None:
+        """Fit factor i to its target, all others held; None where that leaves the range of the weight's dtype."""
         before, after = _present(parts[:i]), _present(parts[i + 1 :])
         target, seen = self.weight.double(), self.stats
         if after:
@@ -146,11 +160,19 @@ class _Turns:
         if before:
             left = _multiplied(before).to_dense().double()
             target = pseudo_inverse(left.T @ left) @ (left.T @ target)
-        return (*before, self._fit(i, target, seen), *after)
+        if not all_finite(target.to(wide_dtype(self.weight.dtype))):
+            return None
+        found = self._fit(i, target, seen)
+        return (*before, found, *after) if _holds(found) else None
 
     def _fit(self, i: int, target: Tensor, stats: Stats | None) -> Operator:
         target = target.to(self.weight.device, wide_dtype(self.weight.dtype))
         return self.factors[i].fit(target, stats).to(self.weight.dtype)
+
+
+def _holds(operator: Operator) -> bool:
+    """Whether all of its numbers are finite."""
+    return all(all_finite(tensor) for tensor in operator.tensors().values() if tensor.is_floating_point())
 
 
 def _present(parts: Sequence[Operator | None]) -> Parts:

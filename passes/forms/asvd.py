@@ -49,6 +49,10 @@ class ActivationScaled(LowRank):
         if not 0 <= self.alpha <= 4:
             raise FormError(f"asvd: alpha is {self.alpha}, not in [0, 4]; 0.5 would work")
 
+    @property
+    def without_data(self) -> str | None:
+        return f"{self} is a plain truncated SVD"
+
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[LowRank]:  # type: ignore[override]
         return [cls(rank=max(1, min(shape) // 4))]

@@ -64,6 +64,10 @@ class Awq(ScaledInputs):
         if self.grid < 1:
             raise FormError(f"awq: grid is {self.grid}, not positive; 20 would work")
 
+    @property
+    def without_data(self) -> str | None:
+        return f"{self} rounds without looking for scales"
+
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:
         return [cls(base="int3(group=16)", grid=4)]

@@ -18,7 +18,7 @@ from recast.passes.forms.operator import Operator
 from recast.passes.forms.stats import Stats, all_finite, squared_error
 from recast.patterns.errors import FormError, RecastError, WeightError, nearest
 
-__all__ = ["Form", "NamedForm", "Parameter", "Together"]
+__all__ = ["Form", "NamedForm", "Parameter", "Together", "literal"]
 
 Scalar = bool | int | float | str
 
@@ -70,6 +70,20 @@ class Form(abc.ABC):
     def needs_loss(self) -> bool:
         """Whether statistics with the importances of a loss are needed, so that there is no fit without any."""
         return False
+
+    @property
+    def without_data(self) -> str | None:
+        """What is done where there are no statistics of inputs, if that is not what the form's text says; None otherwise.
+
+        Examples
+        --------
+        >>> Form.parse("int4(rounding='gptq') + low_rank(8)").without_data
+        "int4(rounding='gptq') rounds to nearest"
+        """
+        entries: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        values: list[Any] = [getattr(self, entry.name) for entry in entries]
+        parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+        return next((told for part in parts if isinstance(part, Form) and (told := part.without_data)), None)
 
     @property
     def wrapper(self) -> bool:
@@ -164,6 +178,8 @@ class Form(abc.ABC):
         at = f" at {where}" if where else ""
         try:
             made = self.solve(weight, stats)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise WeightError(_out_of_range(self, weight, at, str(error).splitlines()[0])) from error
         except Exception as error:
             # Of a form from elsewhere: who runs a plan should read which one failed, and at what.
             if isinstance(error, RecastError) or type(self).__module__.startswith("recast."):
@@ -174,6 +190,9 @@ class Form(abc.ABC):
             ) from error
         if not isinstance(made, Operator):
             raise FormError(f"{self}: solve gave a {type(made).__name__}{at}; an Operator, such as Dense, would work")
+        lost = next((name for name, t in made.tensors().items() if t.is_floating_point() and not all_finite(t)), None)
+        if lost is not None:
+            raise WeightError(_out_of_range(self, weight, at, f"{lost!r} of the result is not finite"))
         wanted = (tuple(weight.shape), weight.dtype)
         if (tuple(made.shape), made.dtype) != wanted:
             raise FormError(
@@ -239,6 +258,14 @@ class Form(abc.ABC):
 def data_error(weight: Tensor, operator: Operator, stats: Stats | None) -> float:
     """Squared error of an operator, ``‖(W - Ŵ)X‖²``, or ``‖W - Ŵ‖²`` without a Gram matrix."""
     return squared_error(weight, operator.to_dense(), None if stats is None else stats.gram)
+
+
+def _out_of_range(form: Form, weight: Tensor, at: str, found: str) -> str:
+    size = float(weight.abs().max())
+    return (
+        f"{form}: no fit{at} to a weight {tuple(weight.shape)} of {weight.dtype}, largest value {size:.3g}: {found}; a weight of "
+        "moderate size would work, its scale folded into a neighbour"
+    )
 
 
 def _refuse_nonfinite(weight: Tensor, what: str) -> None:
@@ -369,7 +396,7 @@ class NamedForm(Form):
 
     def __str__(self) -> str:
         given = [
-            f"{f.name}={_literal(getattr(self, f.name))}"
+            f"{f.name}={literal(getattr(self, f.name))}"
             for f in sorted(dataclasses.fields(self), key=lambda f: bool(f.kw_only))  # type: ignore[arg-type]
             if getattr(self, f.name) != f.default
         ]
@@ -398,7 +425,8 @@ def _kinds(annotation: Any) -> list[type]:
     return [annotation]
 
 
-def _literal(value: Scalar) -> str:
+def literal(value: Scalar) -> str:
+    """A value as a form's text holds it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

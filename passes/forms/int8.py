@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.form import NamedForm
-from recast.passes.forms.integer import TENSOR, check_group, check_rounding, inputs_of_group
+from recast.passes.forms.integer import TENSOR, check_group, check_rounding, inputs_of_group, rounds_without_data
 from recast.passes.forms.quantized import Quantized, outline_quantized
 from recast.passes.forms.quantized_fit import fit_quantized
 from recast.passes.forms.stats import Stats
@@ -58,6 +58,10 @@ class Int8(NamedForm):
         if self.reduce_range and not self.symmetric:
             raise FormError("int8: reduce_range goes with symmetric codes; leave symmetric=false out")
         check_rounding("int8", self.rounding, self.act_order)
+
+    @property
+    def without_data(self) -> str | None:
+        return rounds_without_data(self, self.rounding)
 
     @property
     def dense_leaves(self) -> bool:

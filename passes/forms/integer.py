@@ -16,7 +16,7 @@ from recast.passes.forms.rounding import ROUNDINGS
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
-__all__ = ["TENSOR", "Integer", "check_group", "check_rounding", "inputs_of_group"]
+__all__ = ["TENSOR", "Integer", "check_group", "check_rounding", "inputs_of_group", "rounds_without_data"]
 
 # Said of a group: all of the matrix shares one scale.
 TENSOR = "tensor"
@@ -45,6 +45,11 @@ def check_rounding(name: str, rounding: str, act_order: bool) -> None:
         raise FormError(f"{name}: act_order speaks of the order in which gptq rounds; add rounding='gptq'")
 
 
+def rounds_without_data(form: NamedForm, rounding: str) -> str | None:
+    """As `Form.without_data`, of a form with a parameter `rounding`."""
+    return None if rounding == "nearest" else f"{form} rounds to nearest"
+
+
 @dataclass(frozen=True)
 class Integer(NamedForm):
     """``W[i, j] ≈ (code - zero) * scale`` with codes of a few bits and a scale for each group of a row's inputs.
@@ -67,6 +72,10 @@ class Integer(NamedForm):
     def __post_init__(self) -> None:
         check_group(self.name, self.group, 32)
         check_rounding(self.name, self.rounding, self.act_order)
+
+    @property
+    def without_data(self) -> str | None:
+        return rounds_without_data(self, self.rounding)
 
     @property
     def dense_leaves(self) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from recast.passes.forms.composite import PipeForm, ProductForm, SumForm
-from recast.passes.forms.form import Form, Scalar
+from recast.passes.forms.form import Form, Scalar, literal
 from recast.passes.forms.registry import form_named
 from recast.patterns.errors import FormError
 
@@ -233,5 +233,7 @@ _WORDS = {"true": True, "True": True, "false": False, "False": False}
 
 
 def _signature(form: str) -> str:
-    parameters = [f"{p.name}={p.default}" if p.default is not None else p.name for p in form_named(form).parameters()]
+    parameters = [
+        f"{p.name}={literal(p.default)}" if p.default is not None else p.name for p in form_named(form).parameters()
+    ]
     return f"{form}({', '.join(parameters)})"

@@ -54,6 +54,10 @@ class LlmInt8(OverBase):
         if not self.threshold > 0:
             raise FormError(f"llm_int8: threshold is {self.threshold}, not positive; 6.0 would work")
 
+    @property
+    def without_data(self) -> str | None:
+        return f"{self} takes no input for large"
+
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:
         return [cls()]

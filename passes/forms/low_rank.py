@@ -107,7 +107,7 @@ class LowRank(NamedForm):
             )
         return (
             f"has rank at most {largest}, asked {rank}",
-            f"{largest} or less would work, {max(1, m * n // (m + n))} or less saves parameters",
+            f"{largest} or less would work, {f'{saves} or less' if (saves := m * n // (m + n)) else 'none'} saves parameters",
         )
 
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Product | None:

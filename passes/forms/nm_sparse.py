@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recast.passes.forms.form import NamedForm
 from recast.passes.forms.operator import Dense, Operator
-from recast.passes.forms.pruning import check_method, obs_prune, scores, top_of_groups
+from recast.passes.forms.pruning import check_method, obs_prune, prunes_without_data, scores, top_of_groups
 from recast.passes.forms.sparse import Sparse, reference
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
@@ -158,6 +158,10 @@ class NMSparseForm(NamedForm):
             )
         check_method("sparse_nm", self.method)
         check_damping("sparse_nm", self.damping)
+
+    @property
+    def without_data(self) -> str | None:
+        return prunes_without_data(self, self.method)
 
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:

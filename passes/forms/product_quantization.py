@@ -128,7 +128,9 @@ class ProductQuantization(NamedForm):
         m, n = weight.shape
         d, pieces = self.dim, -(-n // self.dim)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        cut = torch.nn.functional.pad(wide, (0, pieces * d - n)).reshape(m, pieces, d)
+        # Squares of very small or large values leave the range of float32; a power of two is exact.
+        unit = torch.exp2(torch.floor(torch.log2(wide.abs().max().clamp_min(torch.finfo(wide.dtype).tiny))))
+        cut = torch.nn.functional.pad(wide / unit, (0, pieces * d - n)).reshape(m, pieces, d)
         importance = torch.ones(n, dtype=wide.dtype, device=wide.device)
         if stats is not None and stats.gram is not None and bool((stats.gram.diagonal() > 0).any()):
             seen = stats.gram.diagonal().to(wide.device).clamp_min(0)
@@ -142,5 +144,5 @@ class ProductQuantization(NamedForm):
             vectors, each = cut[:, own].reshape(-1, d), weights[own].repeat(m, 1)
             tables.append(cluster_vectors(vectors, each, 2**self.bits))
             codes[:, own] = assign(vectors, each, tables[-1]).reshape(m, -1).to(torch.uint8)
-        table = torch.stack(tables).unsqueeze(0)
+        table = torch.stack(tables).unsqueeze(0) * unit
         return Codebook(pack_codes(codes, self.bits), table, None, None, None, self.bits, None, (m, n), weight.dtype)

@@ -18,6 +18,7 @@ __all__ = [
     "input_energy",
     "normalised",
     "obs_prune",
+    "prunes_without_data",
     "scores",
     "top_of_all",
     "top_of_groups",
@@ -40,6 +41,16 @@ def check_method(form: str, method: str | None) -> None:
     """Raise FormError unless a method is one there is."""
     if method is not None and method not in METHODS:
         raise FormError(f"{form}: unknown method {method!r}; {nearest(method, METHODS)}")
+
+
+def prunes_without_data(form: object, method: str | None) -> str | None:
+    """As `Form.without_data`, of a form with a parameter `method`."""
+    told = {
+        "sparsegpt": "prunes by magnitude",
+        "wanda": "prunes by magnitude",
+        "nowag": "takes inputs for equally large",
+    }
+    return f"{form} {told[method]}" if method in told else None
 
 
 def wide(weight: Tensor) -> Tensor:

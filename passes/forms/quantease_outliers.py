@@ -78,6 +78,10 @@ class QuantEaseOutliers(OverBase):
             raise FormError(f"{self.name}: iterations is {self.iterations}, not positive; 30 would work")
         check_storage(self.name, self.storage)
 
+    @property
+    def without_data(self) -> str | None:
+        return f"{self} rounds to nearest beside the largest values"
+
     @classmethod
     def positional(cls, values: list[Scalar]) -> list[str]:
         # quantease_outliers(0.01, 'int4') and quantease_outliers('int4', 0.01).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import warnings
 
 from recast.passes.forms.form import NamedForm
 from recast.patterns.errors import FormError, nearest
@@ -13,6 +14,7 @@ __all__ = ["discover", "form_named", "forms", "module_forms"]
 
 _discovered = False
 _finished: set[type[NamedForm]] = set()
+_warned: set[type[NamedForm]] = set()
 
 
 def discover() -> None:
@@ -31,6 +33,8 @@ def discover() -> None:
 
 def forms() -> dict[str, type[NamedForm]]:
     """Return every named form of a weight, by name.
+
+    A class that is no form yet is left out with a RuntimeWarning that says what it lacks: it keeps nobody from the others.
 
     Examples
     --------
@@ -53,19 +57,33 @@ def module_forms() -> dict[str, type[NamedForm]]:
 
 def _every() -> list[tuple[str, type[NamedForm]]]:
     discover()
-    found = sorted(NamedForm._names.items())
-    for name, form in found:
-        if form not in _finished:
-            problem = form.unfinished()
-            if problem is not None:
-                raise FormError(f"form {name!r} ({form.__module__}.{form.__qualname__}) {problem}")
-            _finished.add(form)
+    found = []
+    for name, form in sorted(NamedForm._names.items()):
+        problem = _lacks(name, form)
+        if problem is None:
+            found.append((name, form))
+        elif form not in _warned:
+            _warned.add(form)
+            warnings.warn(f"{problem}; it is left out until then", RuntimeWarning, stacklevel=3)
     return found
+
+
+def _lacks(name: str, form: type[NamedForm]) -> str | None:
+    """What keeps a class from being a form."""
+    if form in _finished:
+        return None
+    problem = form.unfinished()
+    if problem is None:
+        _finished.add(form)
+        return None
+    return f"form {name!r} ({form.__module__}.{form.__qualname__}) {problem}"
 
 
 def form_named(name: str) -> type[NamedForm]:
     """Return the form of that name; raises FormError with the nearest name there is."""
     known = forms() | module_forms()
     if name not in known:
+        if name in NamedForm._names and (problem := _lacks(name, NamedForm._names[name])):
+            raise FormError(problem)
         raise FormError(f"unknown form {name!r}; {nearest(name, known)}; forms of other packages need these installed")
     return known[name]

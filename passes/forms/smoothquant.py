@@ -62,6 +62,10 @@ class SmoothQuant(ScaledInputs):
         if not 0 <= self.alpha <= 1:
             raise FormError(f"smoothquant: alpha is {self.alpha}, not in [0, 1]; 0.5 would work")
 
+    @property
+    def without_data(self) -> str | None:
+        return f"{self} rounds without scales of inputs"
+
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:
         return [cls()]

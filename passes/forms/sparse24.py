@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recast.passes.forms.form import NamedForm
 from recast.passes.forms.nm_sparse import NMSparse, check_damping, fit_nm, outline_nm
-from recast.passes.forms.pruning import check_method
+from recast.passes.forms.pruning import check_method, prunes_without_data
 from recast.passes.forms.stats import Stats
 
 __all__ = ["Sparse24"]
@@ -60,6 +60,10 @@ class Sparse24(NamedForm):
     def __post_init__(self) -> None:
         check_method("sparse24", self.method)
         check_damping("sparse24", self.damping)
+
+    @property
+    def without_data(self) -> str | None:
+        return prunes_without_data(self, self.method)
 
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from recast.passes.forms.form import NamedForm
 from recast.passes.forms.nm_sparse import check_damping
 from recast.passes.forms.operator import Dense, Operator
-from recast.passes.forms.pruning import check_method, obs_prune, scores, top_of_all, top_of_groups
+from recast.passes.forms.pruning import check_method, obs_prune, prunes_without_data, scores, top_of_all, top_of_groups
 from recast.passes.forms.sparse import Sparse, reference
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError, nearest
@@ -220,6 +220,10 @@ class Unstructured(NamedForm):
         check_method("unstructured", self.method)
         check_damping("unstructured", self.damping)
         check_storage("unstructured", self.storage)
+
+    @property
+    def without_data(self) -> str | None:
+        return prunes_without_data(self, self.method)
 
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:

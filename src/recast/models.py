@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from recast.lowering.artifact import Artifact, load
+from recast.passes.module import OperatorModule
 from recast.patterns.capture.export import capture
 from recast.patterns.errors import ModelError, TargetError
 from recast.patterns.program import Program
@@ -105,6 +106,7 @@ class Model:
                 self._program.label = self.label
             elif self.artifact is not None:
                 self._program = self.artifact.program
+                _tell_of_operators(self._program, self.label)
             else:
                 raise ModelError(
                     f"model: '{self.label}' is an ONNX file, which cannot be rewritten; give the torch model it was "
@@ -370,3 +372,14 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _tell_of_operators(program: Program, label: str) -> None:
+    """Note what an artifact's program holds in place of matrices: no site is found there, and none is missed."""
+    rewritten = sum(isinstance(module, OperatorModule) for module in program.module.modules())
+    note = (
+        f"'{label}' is an artifact: {rewritten} matrices are rewritten already and stay as they are; rewrite the model that it was "
+        "made from for other forms"
+    )
+    if rewritten and note not in program.notes:
+        program.notes.append(note)

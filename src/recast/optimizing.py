@@ -20,8 +20,10 @@ from recast.passes.plan import Plan, check_coverage, plan
 from recast.passes.recipe import Recipe
 from recast.passes.report import Report
 from recast.passes.rewrite import rewrite
-from recast.patterns.errors import ArtifactError, CalibrationError, RecipeError
+from recast.patterns.constants import Constants
+from recast.patterns.errors import ArtifactError, CalibrationError, ModelError, RecipeError
 from recast.patterns.find import coverage
+from recast.patterns.linear.find import find_linear
 from recast.patterns.program import Program
 
 __all__ = ["Request", "optimize_model"]
@@ -101,6 +103,12 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
     say(f"loading {request.model}")
     model = load_model(request.model)
     program = model.program()
+    asks = ready is not None or recipe.rules or recipe.candidates or str(recipe.default) not in ("dense", "None")
+    if model.artifact is not None and asks and not find_linear(program, Constants(program))[0]:
+        raise ModelError(
+            f"optimize: '{request.model}' is an artifact without a matrix that is left to rewrite; the model that it was made from, "
+            "as a Hugging Face directory or package.module:function, would work, with another recipe or target"
+        )
     cache = OperatorCache.default()
     statistics = _statistics(request, model, program, recipe, ready, cache)
     if statistics is not None and request.save_statistics is not None:

@@ -326,3 +326,24 @@ def test_an_empty_plan_gives_a_copy(program: Program) -> None:
     assert result is not program
     assert str(result) == str(program)
     assert result.report.rows == []
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ("int4(rounding='gptq')", "rounds to nearest"),
+        ("low_rank(2) | int8(rounding='quantease')", "rounds to nearest"),
+        ("awq", "without looking for scales"),
+        ("sparse24(method='wanda')", "prunes by magnitude"),
+        ("llm_int8", "takes no input for large"),
+        ("asvd(0.5)", "plain truncated SVD"),
+        ("int4", None),
+        ("low_rank(0.5)", None),
+    ],
+)
+def test_forms_that_miss_their_data_are_told(
+    form: str, told: str | None, program: Program, calibration: Calibration
+) -> None:
+    notes = recast.plan(program, form).notes
+    assert [told in note for note in notes if "no statistics" in note] == ([True] if told else [])
+    assert not any("no statistics" in note for note in recast.plan(program, form, calibration).notes)

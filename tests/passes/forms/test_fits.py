@@ -263,3 +263,14 @@ def test_bad_statistics_are_refused() -> None:
         Stats.from_inputs(torch.tensor([[torch.nan]]))
     with pytest.raises(CalibrationError, match="not one input vector"):
         Stats.from_inputs(torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_factors_of_a_product_stay_within_half_precision(seed: int) -> None:
+    """A first factor of rank one leaves the second with directions of rounding alone, which a solve would blow up."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(63, 60, generator=generator).half()
+    operator = Form.parse("low_rank(1) @ low_rank(8)").fit(weight)
+    best = torch.linalg.svdvals(weight.double())[1:].square().sum()
+    left = (operator.to_dense().double() - weight.double()).square().sum()
+    assert float(left) <= 1.001 * float(best)
