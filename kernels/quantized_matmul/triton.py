@@ -21,6 +21,7 @@ __all__ = [
     "in_order",
     "lane_words",
     "one_of_words",
+    "row_order",
     "store_tile",
     "sum_splits_kernel",
     "write_out_kernel",
@@ -28,7 +29,7 @@ __all__ = [
 
 
 @triton.jit
-def _row_order(ROWS: tl.constexpr, WARPS: tl.constexpr):
+def row_order(ROWS: tl.constexpr, WARPS: tl.constexpr):
     """Rows of a tile, (ROWS,): those of each warp as the matrix unit has them, rows r and r + 8 in the same lane.
 
     A load of (repeats, 2, warps, 8, lanes, words) then has every word where it is multiplied.
@@ -40,7 +41,7 @@ def _row_order(ROWS: tl.constexpr, WARPS: tl.constexpr):
 @triton.jit
 def lane_words(values, first_row, rows, stride, begin, COUNT: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
     """Words of a block, ``COUNT`` for each of four lanes: (ROWS, 4, COUNT) int32."""
-    row = first_row + _row_order(ROWS, WARPS)[:, :, :, :, None, None]
+    row = first_row + row_order(ROWS, WARPS)[:, :, :, :, None, None]
     within = tl.arange(0, 4)[:, None] * COUNT + tl.arange(0, COUNT)[None, :]
     at = values + row.to(tl.int64) * stride + (begin + within)[None, None, None, None, :, :]
     found = tl.load(at, mask=row < rows, other=0)
