@@ -1,7 +1,8 @@
 """`recast::sparse24_matmul`: a 2:4 weight in lane order times floating activations, as one operation of a graph.
 
-On a GPU (or under ``TRITON_INTERPRET=1``) the Triton kernel runs it, elsewhere plain torch, which writes the weight out. The tile
-is chosen by the number of tokens when it runs, so no graph is compiled again for another number.
+On a GPU (or under ``TRITON_INTERPRET=1``) the Triton kernel runs it, or for many tokens a library that uses the sparse matrix units, if
+the weight is there in its layout too; elsewhere plain torch, which writes the weight out. The way and the tile are chosen by the
+number of tokens when it runs, so no graph is compiled again for another number.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ from torch import Tensor
 
 from recast.kernels.sparse_matmul.lanes import from_lanes
 from recast.kernels.sparse_matmul.launch import launch
+from recast.kernels.sparse_matmul.library import multiply
 from recast.kernels.tiles import interpreting
 
 __all__ = ["sparse24_matmul"]
 
 
 @torch.library.custom_op("recast::sparse24_matmul", mutates_args=())
-def sparse24_matmul(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None) -> Tensor:
+def sparse24_matmul(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    bias: Tensor | None,
+    packed: Tensor | None = None,
+    meta: Tensor | None = None,
+    few: int = 0,
+) -> Tensor:
     """Multiply vectors by a 2:4 weight, ``x Wᵀ + bias``.
 
     Parameters
@@ -30,6 +40,9 @@ def sparse24_matmul(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | No
         int32 (m, words) in lane order (`lanes.to_lanes`).
     bias
         (m,) or None.
+    packed, meta, few
+        The same weight once more, in the layout of a library (`library.packed`), and the most vectors for which it is not used; as
+        many bytes again, 9/8 of the dense ones in all. Or None, 0: the kernel multiplies any number.
 
     Returns
     -------
@@ -44,7 +57,9 @@ def sparse24_matmul(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | No
     [[38.0]]
     """
     flat = x.reshape(-1, x.shape[-1])
-    if x.device.type == "cuda" or interpreting():
+    if packed is not None and x.device.type == "cuda" and flat.shape[0] > few:
+        y = multiply(flat, packed, meta, bias)
+    elif x.device.type == "cuda" or interpreting():
         y = launch(flat, values, places, bias)
     else:
         weight = from_lanes(values, places, x.dtype, x.shape[-1])
@@ -53,12 +68,12 @@ def sparse24_matmul(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | No
 
 
 @sparse24_matmul.register_fake
-def _(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, *_rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], values.shape[0]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, places, bias = inputs
+    x, values, places, bias, *_ = inputs
     ctx.save_for_backward(values, places)
     ctx.features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
 
@@ -69,7 +84,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     to_bias = None
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return to_x, None, None, to_bias
+    return to_x, None, None, to_bias, None, None, None
 
 
 sparse24_matmul.register_autograd(_gradients, setup_context=_keep)
