@@ -21,15 +21,15 @@ __all__ = ["Triton"]
 class Triton(Inductor):
     """Compiles a program with Inductor; packed weights stay packed and are decoded in registers.
 
-    Parameters are those of `Inductor`. Weights are never folded into constants: they would be written out. With `keep_dense` matrices
-    that are put together from shared atoms of 16 bits are, once, instead of at every call: it takes the memory of a dense
-    weight for each, which the report names beside the kernel.
     Weights are never folded into constants: they would be written out.
 
     Parameters
     ----------
-    freezing, options, keep_dense, accuracy_level
+    freezing, options, accuracy_level
         As for `Inductor`; those for a CPU do nothing here.
+    keep_dense
+        Matrices that are put together from shared atoms of 16 bits are so once, instead of at every call: it takes the memory of a
+        dense weight for each, which the report names beside the kernel.
     keep_copies
         Hold a weight in a second packed layout too where that is measured to be faster for many tokens. 2:4 weights in 16 bits have
         one, that of a library which uses the GPU's sparse matrix units, and then take 9/8 of the dense bytes instead of 9/16.
@@ -56,8 +56,7 @@ class Triton(Inductor):
         return super().prepare(program)
 
     def _choice(self) -> Choose:
-        return choice(keep_dense=self.keep_dense)
-        return choice(copies=self.keep_copies)
+        return choice(keep_dense=self.keep_dense, copies=self.keep_copies)
 
     def extra(self) -> dict[str, Any]:
         """Options, as they were."""
