@@ -40,7 +40,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: no measurement")
-    parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1), help="that check at a time")
+    parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1), help="that check at a time")
     parser.add_argument(
         "--picture", type=Path, metavar="FOLDER", help="draw the rows of --json there, and measure nothing"
     )

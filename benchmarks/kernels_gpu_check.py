@@ -12,8 +12,12 @@ import argparse
 import json
 import math
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +27,13 @@ from benchmarks.harness import without_paths
 from recast.kernels.tiles import interpreting
 from recast.kernels.timed import BenchCase, Prepared, cases
 
-SHAPES, TOKENS = ((60, 577), (256, 4096)), (0, 1, 4, 5, 12, 20, 63, 130)
-# The second is what kernels are compiled for where sizes divide by 16, as those of layers that are timed do.
-QUICK_SHAPES, QUICK_TOKENS = ((36, 100),), (0, 1, 5)
-OTHERS = (5, 130)  # tokens at which dtypes other than the first are tried
+# Awkward sizes; and sizes that divide by 16, for which kernels are compiled as for the layers that are timed.
+CHECKED = {(60, 577): (0, 1, 4, 5, 12, 20, 63, 130), (256, 4096): (1, 4, 16, 64, 256)}
+QUICK_CHECKED = {(36, 100): (0, 1, 5)}
+OTHERS = (5, 130)  # tokens at which the other dtypes are tried
 GRADIENTS = 5
+LIMIT = 180.0  # seconds of one case, compilations and all
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -73,10 +79,10 @@ def checked(case: BenchCase, device: torch.device, *, quick: bool = False) -> di
     torch.manual_seed(0)
     told: dict[str, Any] = {"case": case.name, "kernel": case.kernel, "peer": case.peer, "checks": 0, "failed": []}
     worst = 0.0
-    for shape in QUICK_SHAPES if quick else SHAPES:
+    for shape, counts in (QUICK_CHECKED if quick else CHECKED).items():
         rows, inputs = (-(-size // of) * of for size, of in zip(shape, case.multiples, strict=True))
         for dtype in case.dtypes:
-            for tokens in QUICK_TOKENS if quick else TOKENS:
+            for tokens in counts:
                 if dtype != case.dtypes[0] and tokens not in OTHERS:
                     continue
                 if not case.tokens[0] <= tokens <= case.tokens[1] and (case.peer or tokens):
@@ -144,6 +150,22 @@ def _gradients(prepared: Prepared, x: Tensor, roundings: int) -> dict[str, Gap]:
     }
 
 
+def in_process(case: BenchCase, left: float, *, quick: bool) -> dict[str, Any] | None:
+    """Check a case in a process of its own: one that spoils the device spoils that alone. None if `left` seconds do not do."""
+    about: dict[str, Any] = {"case": case.name, "kernel": case.kernel, "peer": case.peer, "checks": 0}
+    command = [sys.executable, "-m", "benchmarks.kernels_gpu_check", case.name, *["--quick"] * quick]
+    limit = min(LIMIT, left)
+    try:
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return None if limit < LIMIT else about | {"failed": [f"not done after {limit:.0f} seconds"]}
+    if ended.returncode:
+        why = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
+        return about | {"failed": [re.sub(r"(?:/[\w.+-]+)+/", "", why)[:300]]}
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
 def told(found: Gap) -> dict[str, Any]:
     """As rows have it; None stands for what is not finite."""
     figures = {k: float(f"{v:.3g}") if math.isfinite(v) else None for k, v in asdict(found).items()}
@@ -157,7 +179,7 @@ def within(row: Mapping[str, Any]) -> bool:
 
 
 def main() -> None:
-    """Check one case in a process of its own: a kernel that spoils the device spoils this process alone."""
+    """Check one case and tell it as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels_gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("name")
     parser.add_argument("--device", default="cuda")

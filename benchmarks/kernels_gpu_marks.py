@@ -153,7 +153,8 @@ def held(
         entry |= {"against": mark.against, "rows": len(speeds), "of": asked}
         if speeds:
             where = min(speeds, key=lambda key: speeds[key])
-            entry["measured"], entry["median"] = round(speeds[where], 3), round(statistics.median(speeds.values()), 3)
+            entry["measured"] = float(f"{speeds[where]:.4g}")
+            entry["median"] = float(f"{statistics.median(speeds.values()):.4g}")
             entry["where"] = f"{where[0]}, {where[1]} tokens"
             entry["met"] = False if speeds[where] < mark.at_least else True if len(speeds) >= asked else None
         found.append(entry)
@@ -168,7 +169,7 @@ def held(
         entry |= {"against": "roofline", "rows": len(shares), "of": 1}
         if shares:
             where = max(shares, key=lambda key: shares[key])
-            entry |= {"measured": round(shares[where], 3), "where": f"{where[0]}, {where[1]} tokens"}
+            entry |= {"measured": float(f"{shares[where]:.4g}"), "where": f"{where[0]}, {where[1]} tokens"}
             entry["met"] = (
                 True if shares[where] >= ROOFLINE else None if len(shares) < len(layers) * len(tokens) else False
             )

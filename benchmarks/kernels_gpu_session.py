@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-import recast.kernels
 from benchmarks.harness import machine_facts, without_paths
-from benchmarks.kernels_gpu_check import checked, gap, told, wide, within
+from benchmarks.kernels_gpu_check import checked, gap, in_process, told, wide, within
 from benchmarks.kernels_gpu_marks import (
     DENSE,
     LAYERS,
@@ -29,20 +24,18 @@ from benchmarks.kernels_gpu_marks import (
     QUICK_TOKENS,
     STACK,
     TOKENS,
-    TUNED,
     Group,
     held,
     plan,
 )
+from benchmarks.kernels_gpu_sources import dense_cases, source_of, triton_version
 from benchmarks.kernels_gpu_stack import QUICK_SIZES, SIZES, stack
 from benchmarks.kernels_gpu_table import checks_table, marks_table, rows_table
 from benchmarks.kernels_gpu_time import ROUNDS, Clock, Cuda, Turn, copies, figures, rounds, turn
-from recast.kernels.timed import BenchCase, Prepared, Run, cases, moved
+from recast.kernels.timed import BenchCase, Prepared, Run, cases
 
-ROOT = Path(__file__).resolve().parent.parent
 # Seconds that a step is thought to take before any was seen: what is tuned compiles long.
 RESERVE, RESERVE_TUNED, RESERVE_STACK = 10.0, 25.0, 120.0
-CHECK_LIMIT = 180.0  # seconds of one kernel's checks, compilations and all
 WAYS_FROM = 64  # tokens; for fewer, memory binds, and writing a weight out moves it several times
 
 
@@ -58,7 +51,7 @@ class Session:
         self.clock: Clock = Cuda() if asked.device == "cuda" else Clock()
         self.layers = QUICK_LAYERS if asked.quick else LAYERS
         self.tokens = QUICK_TOKENS if asked.quick else TOKENS
-        self.cases = {case.name: case for case in (*_dense(), *cases())}
+        self.cases = {case.name: case for case in (*dense_cases(), *cases())}
         self.rows: list[dict[str, Any]] = []
         self.checks: list[dict[str, Any]] = []
         self.stopped = ""
@@ -67,7 +60,7 @@ class Session:
         self._ready: dict[str, tuple[Prepared, Sequence[Mapping[str, Tensor]], Run]] = {}
         self._layer = ""
         self.machine = machine_facts() | {"device": self.clock.facts()}
-        self.machine["libraries"] |= _triton()
+        self.machine["libraries"] |= triton_version()
         if asked.resume and asked.json is not None and asked.json.is_file():
             self._go_on(json.loads(asked.json.read_text(encoding="utf-8")))
 
@@ -146,23 +139,11 @@ class Session:
         self._left("check")
 
     def _in_process(self, case: BenchCase) -> dict[str, Any] | None:
-        """None where the time is over before it is begun."""
-        about: dict[str, Any] = {"case": case.name, "kernel": case.kernel, "peer": case.peer, "checks": 0}
-        command = [sys.executable, "-m", "benchmarks.kernels_gpu_check", case.name, *["--quick"] * self.asked.quick]
+        """None where the time is over before its checks are."""
         try:
-            limit = min(CHECK_LIMIT, self._left("check"))
-            ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit)
+            return in_process(case, self._left("check"), quick=self.asked.quick)
         except Over:
             return None
-        except subprocess.TimeoutExpired:
-            if limit < CHECK_LIMIT:  # the time is over, and nothing is wrong
-                return None
-            return about | {"failed": [f"not done after {limit:.0f} seconds"]}
-        if ended.returncode:
-            why = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
-            return about | {"failed": [re.sub(r"(?:/[\w.+-]+)+/", "", why)[:300]]}
-        found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-        return found
 
     def _checked(self, case: BenchCase, found: dict[str, Any]) -> None:
         self.checks.append(found | {"source": self._source(case.kernel)})
@@ -317,56 +298,3 @@ class Session:
         self.console.print(marks_table(self.marks()))
         if self.stopped:
             self.console.print(self.stopped)
-
-
-def _dense() -> list[BenchCase]:
-    """The dense product, as it is and as torch.compile tunes it."""
-
-    def prepare(rows: int, inputs: int, dtype: torch.dtype, device: torch.device) -> Prepared:
-        weight = (torch.randn(rows, inputs, device=device) / inputs**0.5).to(dtype)
-        held = {"weight": weight}
-
-        def run(given: Mapping[str, Tensor], x: Tensor) -> Tensor:
-            return torch.nn.functional.linear(x, given["weight"])
-
-        def meant(given: Mapping[str, Tensor], x: Tensor) -> Tensor:
-            return x @ given["weight"].double().T
-
-        return Prepared(held, run, meant, moved(held, rows, inputs))
-
-    tuned = "max-autotune-no-cudagraphs"
-    return [
-        BenchCase(n, "dense", prepare, peer=True, compiled=c, timed=False) for n, c in ((DENSE, ""), (TUNED, tuned))
-    ]
-
-
-def _triton() -> dict[str, str]:
-    import importlib.metadata
-
-    try:
-        return {"triton": importlib.metadata.version("triton")}
-    except importlib.metadata.PackageNotFoundError:
-        return {}
-
-
-def source_of(kernel: str) -> str:
-    """Hash of a kernel's folder and of all files of `recast.kernels` that its files name; nothing for what is not ours.
-
-    Examples
-    --------
-    >>> source_of("") == "", source_of("sparse_matmul") != source_of("gated_matmul")
-    (True, True)
-    """
-    if not kernel:
-        return ""
-    root = Path(next(iter(recast.kernels.__path__)))
-    waiting, seen = sorted((root / kernel).glob("*.py")), dict[Path, bytes]()
-    while waiting:
-        file = waiting.pop()
-        if file in seen or file.name == "resources.py":
-            continue
-        seen[file] = file.read_bytes()
-        for name in re.findall(r"recast\.kernels\.([\w.]+)", seen[file].decode()):
-            place = root.joinpath(*name.strip(".").split("."))
-            waiting += [f for f in (place.with_suffix(".py"), *place.glob("*.py")) if f.is_file()]
-    return hashlib.sha256(b"".join(seen[file] for file in sorted(seen))).hexdigest()[:16]

@@ -36,7 +36,7 @@ def _cell(rows: Sequence[Row], row: Row) -> str:
     if row["name"] in (DENSE, TUNED):
         return f"{row['milliseconds']:.3g} ms"
     times, share = speed(rows, row, DENSE), row.get("share")
-    told = "-" if times is None else f"{times:.2f}x"
+    told = "-" if times is None else f"{times:.3g}x"
     return told + (f" ({share:.0%})" if share is not None else "") + (" wrong" if row.get("wrong") else "")
 
 

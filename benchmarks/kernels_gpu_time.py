@@ -83,13 +83,14 @@ class Cuda(Clock):
     def captured(self, call: Callable[[], object], tokens: int) -> tuple[Callable[[], object], str]:
         if tokens > GRAPHED:
             return call, "calls"
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 call()
             graph.replay()
             self.wait()
         except Exception as error:  # noqa: BLE001  (not everything can be captured; what is left is timed with its launches)
+            torch.cuda.set_stream(stream)  # a capture that breaks off may leave its own
             self.wait()
             return call, f"calls, as no graph takes it ({without_paths(error)})"
         return graph.replay, "graph"

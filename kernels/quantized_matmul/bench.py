@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -70,8 +71,8 @@ def _case(
     def prepare(rows: int, inputs: int, dtype: torch.dtype, device: torch.device) -> Prepared:
         return _laid_out(rows, inputs, dtype, device, bits, group, kind, zeros=zeros, rank=rank)
 
-    # Written out, a weight is rounded; so are what stands between factors and the product that a sum is added to.
-    return BenchCase(name, "codes", prepare, against=against, roundings=2 + (rank > 0), timed=timed)
+    # Written out, a weight is rounded; so are what stands between factors and the product that theirs is added to.
+    return BenchCase(name, "codes", prepare, against=against, roundings=3 if rank else 1, timed=timed)
 
 
 def _laid_out(
@@ -125,7 +126,7 @@ def _laid_out(
             numbers -= 2 ** (bits - 1) if not zeros or bits == 8 else 0
             if zeros:
                 numbers -= _spread(given["zero"].double(), inputs, group)
-        y = x @ numbers.mul_(_spread(given["scale"].double(), inputs, group)).T
+        y: Tensor = x @ numbers.mul_(_spread(given["scale"].double(), inputs, group)).T
         return y + x @ given["right"].T @ given["left"].T if rank else y
 
     work = moved(held, rows, inputs, weights=rows * inputs + rank * (rows + inputs))
@@ -139,8 +140,7 @@ def _spread(per_group: Tensor, inputs: int, group: int) -> Tensor:
 
 
 def _scaled(rows: int, inputs: int, device: torch.device) -> Tensor:
-    y: Tensor = (torch.rand(rows, device=device) + 0.5) / (inputs**0.5 * 64)
-    return y
+    return (torch.rand(rows, device=device) + 0.5) / (64 * math.sqrt(inputs))
 
 
 def _int4pack(rows: int, inputs: int, dtype: torch.dtype, device: torch.device) -> Prepared:
