@@ -364,6 +364,7 @@ def optimize(
     (torch.Size([9, 8]), 2)
     """
     asked = Recipe.of(recipe)
+    asked.check()
     lowering_named(target)  # an unknown target is better refused before the work than after it
     program = model if isinstance(model, Program) else capture(model, args, kwargs, dynamic_shapes)
     cache = cache or OperatorCache.default()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import fx
 
-from recast.passes.allocate import allocate
+from recast.passes.budget import check_budget, pays, under_budget, would_not_pay
 from recast.passes.cache import OperatorCache
 from recast.passes.calibration import Calibration
 from recast.passes.decided import Entry, Plan, Skip
@@ -21,7 +21,7 @@ from recast.passes.modules.apply import choose
 from recast.passes.parallel import check_jobs, mapped
 from recast.passes.recipe import Recipe, name_matches
 from recast.patterns.constants import Constants
-from recast.patterns.errors import CoverageError, FormError, PlanError, nearest
+from recast.patterns.errors import CoverageError, FormError, nearest
 from recast.patterns.find import coverage
 from recast.patterns.linear.find import Matrix, find_linear, matrix_of
 from recast.patterns.program import Program
@@ -115,33 +115,34 @@ def plan(
     """
     check_jobs(jobs)
     asked = Recipe.of(recipe)
+    asked.check()
     if calibration is not None:
         calibration.check(program, asked)
     cache = cache or OperatorCache.default()
     covered = coverage(program)
     check_coverage(covered.fraction, asked.min_coverage, covered)
-    _check_budget(asked)
+    check_budget(asked)
     # Blocks come first: what is decided for linears is decided for those of smaller blocks.
     smaller, unchanged = choose(program, asked, calibration, progress)
     constants = Constants(smaller.program)
     sites, _ = find_linear(smaller.program, constants)
     targets = targets_of(sites, constants, smaller.calibration)
-    wanted, skipped = forms_by_name(asked, sites)
+    wanted, ruled, skipped = forms_by_name(asked, sites)
     entries: dict[str, Entry] = {}
     options: dict[str, list[Entry]] = {}
-    spare = len(asked.candidates) if asked.budget is not None else 0
 
     def measured(names: list[str]) -> list[list[Entry]]:
         if len(names) > 1:
             return [[entry] for entry in measured_entries(names, wanted[names[0]][0], targets, cache)]
-        return [_measured(names[0], wanted[names[0]], targets, cache, spare)]
+        mere = () if names[0] in ruled else asked.candidates
+        return [_measured(names[0], wanted[names[0]], targets, cache, mere)]
 
     together = fitted_apart({name: forms[0] for name, forms in wanted.items()}, targets, calibration)
     for names, found in zip(
         together, mapped(measured, together, jobs=jobs, label="fitting", progress=progress), strict=True
     ):
         options.update(zip(names, found, strict=True))
-    chosen = decide(options, targets, asked)
+    chosen = decide(options, targets, asked, ruled)
     for name, entry in chosen.items():
         if isinstance(entry, Skip):
             skipped.append(entry)
@@ -204,27 +205,21 @@ def check_coverage(found: float, asked: float, covered: Any) -> None:
         )
 
 
-def _check_budget(recipe: Recipe) -> None:
-    """Refuse what a choice site by site cannot weigh: bytes of a shared form depend on what other sites take."""
-    for form, told in recipe.of_several_matrices() if recipe.budget is not None else ():
-        raise PlanError(
-            f"plan: '{form}' {told}, and a budget chooses for each matrix by itself; "
-            "plan without a budget, or choose among forms of one matrix"
-        )
-
-
-def forms_by_name(recipe: Recipe, sites: list[LinearSite]) -> tuple[dict[str, list[Form]], list[Skip]]:
-    """Forms to consider for each site or part, by the recipe's rules."""
+def forms_by_name(recipe: Recipe, sites: list[LinearSite]) -> tuple[dict[str, list[Form]], set[str], list[Skip]]:
+    """Forms to consider for each site or part, names for which a rule decides, and what stays dense."""
     wanted: dict[str, list[Form]] = {}
+    ruled: set[str] = set()
     skipped: list[Skip] = []
     for site in sites:
         for name, whole in _apart(recipe, site):
             form, why = recipe.form_for(name, whole=whole)
-            extra = [f for f in recipe.candidates if f != form] if recipe.budget is not None else []
+            by_rule = why != "default"
+            extra = recipe.candidates if recipe.budget is not None and not by_rule else ()
+            offered = list(dict.fromkeys(f for f in (form, *extra) if f is not None and not _is_dense(f)))
             named = recipe.names(name) or (whole is not None and recipe.names(whole))
-            if form is None and not (why == "default" and extra):
-                skipped.append(Skip(name, f"left dense by the recipe ({why})" if why == "default" else why))
-            elif form is not None and _is_dense(form):
+            if not offered and form is None:
+                skipped.append(Skip(name, why if by_rule else f"left dense by the recipe ({why})"))
+            elif not offered:
                 skipped.append(Skip(name, f"dense by the recipe ({why})"))
             elif site.tied and not (recipe.tied or named):
                 others = ", ".join(site.tied)
@@ -233,16 +228,22 @@ def forms_by_name(recipe: Recipe, sites: list[LinearSite]) -> tuple[dict[str, li
                 )
                 skipped.append(Skip(name, reason))
             else:
-                wanted[name] = [form, *extra] if form is not None else extra
-    return wanted, skipped
+                wanted[name] = offered
+                if by_rule:
+                    ruled.add(name)
+    return wanted, ruled, skipped
 
 
 def _apart(recipe: Recipe, site: LinearSite) -> list[tuple[str, str | None]]:
     """The site as a whole, or its parts where the recipe treats some of them in their own way."""
+
+    def treated(name: str, whole: str | None = None) -> tuple[Form | None, bool]:
+        form, why = recipe.form_for(name, whole=whole)
+        return form, recipe.budget is not None and why == "default"  # a budget chooses only where no rule decides
+
     parts = [(f"{site.name}.{p.name}", site.name) for p in site.parts]
-    whole = recipe.form_for(site.name)[0]
-    own = [recipe.form_for(name, whole=of)[0] for name, of in parts]
-    return list(parts) if any(form != whole for form in own) else [(site.name, None)]
+    whole = treated(site.name)
+    return list(parts) if any(treated(name, of) != whole for name, of in parts) else [(site.name, None)]
 
 
 def _idle(recipe: Recipe, sites: list[LinearSite], blocks: tuple[str, ...]) -> list[str]:
@@ -291,15 +292,15 @@ def _same_input(forms: Mapping[str, Form], targets: Mapping[str, Target]) -> lis
 
 
 def _measured(
-    name: str, forms: list[Form], targets: dict[str, Target], cache: OperatorCache, spare: int
+    name: str, forms: list[Form], targets: dict[str, Target], cache: OperatorCache, mere: Collection[Form]
 ) -> list[Entry]:
-    """Fit each form; of the last `spare`, mere candidates, those that do not fit this weight are left out."""
+    """Fit each form; of mere candidates, those that do not fit this weight are left out."""
     found = []
     for form in forms:
         try:
             found += measured_entries([name], form, targets, cache)
         except FormError:
-            if form not in forms[max(0, len(forms) - spare) :]:
+            if form not in mere:
                 raise
     return found
 
@@ -329,44 +330,15 @@ def measured_entries(names: list[str], form: Form, targets: dict[str, Target], c
     return found
 
 
-def decide(options: dict[str, list[Entry]], targets: dict[str, Target], recipe: Recipe) -> dict[str, Entry | Skip]:
-    """One form of each site, or why it stays dense: by the budget, or the first option where that pays."""
-    if recipe.budget is not None:
-        return _under_budget(options, targets, recipe.budget)
-    chosen: dict[str, Entry | Skip] = {}
-    for name, (entry, *_) in options.items():
-        worse = entry.bytes_after >= entry.bytes_before and entry.flops_after >= entry.flops_before
-        if worse and not recipe.allow_larger:
-            chosen[name] = Skip(
-                name,
-                f"{entry.form} would not pay: {entry.bytes_after:,} bytes and {entry.flops_after:,} operations a token, dense "
-                f"takes {entry.bytes_before:,} and {entry.flops_before:,}; allow_larger overrides",
-            )
-        else:
-            chosen[name] = entry
-    return chosen
-
-
-def _under_budget(
-    options: dict[str, list[Entry]], targets: dict[str, Target], budget: float
+def decide(
+    options: dict[str, list[Entry]], targets: dict[str, Target], recipe: Recipe, ruled: Collection[str] = ()
 ) -> dict[str, Entry | Skip]:
-    names = list(options)
-    total = sum(targets[n].matrix.nbytes for n in names)
-    costs = [[targets[n].matrix.nbytes, *(e.bytes_after for e in options[n])] for n in names]
-    seen = [stats.tokens if (stats := targets[n].stats) is not None else 0 for n in names]
-    # An expert that few tokens visit adds little to what is lost, but for one that none did something must be taken.
-    shares = [(tokens + 1) / (max(seen) + 1) for tokens in seen]
-    errors = [
-        [0.0, *(share * e.predicted_error**2 for e in options[n])] for n, share in zip(names, shares, strict=True)
-    ]
-    picks = allocate(errors, costs, budget * total)
-    if picks is None:
-        least = sum(min(c) for c in costs)
-        raise PlanError(
-            f"plan: a budget of {budget:.0%} of {total:,} bytes cannot be met: the smallest candidates take {least:,} bytes "
-            f"({least / total:.1%}); add smaller candidates, such as int4 or low_rank(ratio=0.2), or raise the budget"
-        )
-    chosen: dict[str, Entry | Skip] = {}
-    for name, pick in zip(names, picks, strict=True):
-        chosen[name] = options[name][pick - 1] if pick else Skip(name, "dense fits the budget best here")
-    return chosen
+    """One form of each site, or why it stays dense: by the budget but for what rules name, or the first option where that pays."""
+    if recipe.budget is not None:
+        dense = {name: targets[name].matrix.nbytes for name in options}
+        tokens = {name: stats.tokens if (stats := targets[name].stats) is not None else 0 for name in options}
+        return under_budget(options, dense, tokens, ruled, recipe)
+    return {
+        name: entry if recipe.allow_larger or pays(entry) else Skip(name, would_not_pay(entry))
+        for name, (entry, *_) in options.items()
+    }

@@ -77,10 +77,11 @@ class Recipe:
     compute_dtype
         ``fp32``, ``bf16`` or ``fp16`` for weights and activations; None leaves them.
     budget
-        Share of the dense bytes that the sites to be rewritten may use; forms are then chosen among `candidates` site by site so that
-        the sum of squared output errors is least (a multiple-choice knapsack, solved exactly).
+        Share of the dense bytes that the sites to be rewritten may use. What rules name counts and is spent first; for every other
+        site a form is chosen among dense, `default` and `candidates`, so that the sum of squared output errors is least (a
+        multiple-choice knapsack, solved exactly).
     candidates
-        Forms to choose from under a budget, besides dense and each site's own.
+        Forms to choose from under a budget, besides dense and `default`.
     min_coverage
         Least share of matrix parameters that must be matched, else planning fails.
     allow_larger
@@ -134,6 +135,21 @@ class Recipe:
         if text.endswith((".yaml", ".yml")) or (os.sep in text and Path(text).is_file()):
             return _from_file(Path(text))
         return Recipe(default=Form.parse(text))
+
+    def check(self) -> None:
+        """Raise RecipeError where a budget has nothing to choose from, or candidates have no budget to be chosen under."""
+        offered = [f for f in (self.default, *self.candidates) if f is not None and str(f) != "dense"]
+        if self.budget is not None and not offered:
+            others = "; what rules name is not its choice" if self.rules else ""
+            raise RecipeError(
+                f"recipe: a budget of {self.budget * 100:.4g}% has nothing to choose from, there are no candidates and no "
+                f"default{others}; add candidates: [int8, int4], or default: int8"
+            )
+        if self.budget is None and self.candidates:
+            raise RecipeError(
+                f"recipe: candidates ({', '.join(map(str, self.candidates))}) are chosen from under a budget, and there is none; "
+                f"add budget: 0.5 (a share of the dense bytes), or one of them as default: {self.candidates[0]}"
+            )
 
     def form_for(self, name: str, kind: str = "linear", *, whole: str | None = None) -> tuple[Form | None, str]:
         """Form of a site, and which line of the recipe decided.

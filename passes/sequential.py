@@ -61,6 +61,8 @@ def behind_prefix(
     ------
     CalibrationError
         The recipe has forms of blocks or shared ones, or chooses under a budget.
+    RecipeError
+        It has candidates without a budget.
     """
     _refuse(asked)
     walk = _Walk(program, batches, asked, calibration, cache, sample)
@@ -73,6 +75,7 @@ def behind_prefix(
 
 
 def _refuse(asked: Recipe) -> None:
+    asked.check()
     if asked.budget is not None:
         raise CalibrationError(
             "calibration: sites are fitted in their order, and a budget is decided over all of them at once; "
@@ -100,7 +103,7 @@ class _Walk:
         self.constants = Constants(program)
         sites, _ = find_linear(program, self.constants)
         self.asked, self.cache, self.sample = asked, cache, sample
-        self.wanted, _ = forms_by_name(asked, sites)
+        self.wanted, _, _ = forms_by_name(asked, sites)
         self.found = dataclasses.replace(
             calibration, groups=dict(calibration.groups), members=dict(calibration.members), behind=asked.digest
         )

@@ -68,7 +68,9 @@ class Request:
             changes["budget"] = Recipe.of({"budget": self.budget}).budget
         if self.min_coverage is not None:
             changes["min_coverage"] = self.min_coverage
-        return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]  # names and types match
+        asked = dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]  # names and types match
+        asked.check()
+        return asked
 
 
 def optimize_model(request: Request, say: Callable[[str], None]) -> Report:

@@ -65,6 +65,11 @@ def test_model(cli: Cli, here: Path, model: str, said: str) -> None:
         (["-r", "bad.yaml"], "did you mean 'default'"),
         (["-t", "inductr"], "did you mean 'inductor'"),
         (["--budget", "much"], "share such as 0.4"),
+        (
+            ["-r", "choices.yaml"],
+            "candidates (int8, int4) are chosen from under a budget, and there is none; add budget",
+        ),
+        (["-r", "rules.yaml", "--budget", "0.4x"], "a budget of 40% has nothing to choose from"),
         (["--min-coverage", "7"], "--min-coverage"),
         (["--plan", "missing.yaml"], "cannot be read"),
         (["--sequential"], "it needs --calibrate with real inputs"),
@@ -75,6 +80,8 @@ def test_model(cli: Cli, here: Path, model: str, said: str) -> None:
 )
 def test_options(cli: Cli, here: Path, options: list[str], said: str) -> None:
     (here / "bad.yaml").write_text("defualt: int8\n", encoding="utf-8")
+    (here / "choices.yaml").write_text("candidates: [int8, int4]\n", encoding="utf-8")
+    (here / "rules.yaml").write_text("rules: [{match: up, form: int8}]\n", encoding="utf-8")
     refused(cli("optimize", "little:make", "-t", "eager", "-o", "out", *options), said, folder=here)
 
 
