@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from recast.kernels.kept import cache_directory
 from recast.passes.errors_of import measured_errors, predicted_errors
-from recast.passes.forms.form import Form, NamedForm
+from recast.passes.forms.form import Form, NamedForm, check_matrix
 from recast.passes.forms.operator import Operator, below, common_tensors
 from recast.passes.forms.stats import Stats
 from recast.passes.unfinished import kept_in, read_whole, write_whole
@@ -144,6 +144,8 @@ class OperatorCache:
                     "load the model again"
                 )
         weights = [matrix.read() for matrix in matrices]
+        for i, weight in enumerate(weights):
+            check_matrix(weight, f"{form}: the weight at {where[i] if where else i}")
         # Errors are those on the data as it is, also where a fit should not trust it that far.
         seen = [known.regular if known is not None else None for known in stats]
         keys = [self.key(weight, form, known) for weight, known in zip(weights, seen, strict=True)]

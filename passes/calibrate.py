@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from recast.passes.arguments import check_batches, check_program
 from recast.passes.cache import OperatorCache
 from recast.passes.calibration import Calibration
 from recast.passes.drift import LayerDrift
@@ -71,8 +72,10 @@ def calibrate(
     Raises
     ------
     CalibrationError
-        No batch was given, one does not fit the program's inputs, activations or gradients are not finite, the recipe shares
-        between sites or has a budget, or `drift` is asked for and the model has no layers in a row or no logits.
+        There is no program, no batch was given, one does not fit the program's inputs, activations or gradients are not finite,
+        the recipe shares between sites or has a budget, or `drift` is asked for and the model has no layers in a row or no logits.
+    RecipeError
+        The recipe cannot be read.
 
     Examples
     --------
@@ -81,6 +84,9 @@ def calibrate(
     >>> recast.calibrate(program, [torch.randn(5, 8), torch.randn(6, 8)])["0"].tokens
     11
     """
+    check_program(program, "calibration", CalibrationError)
+    check_batches(batches)
+    asked = None if recipe is None else Recipe.of(recipe)
     sites, _ = find_linear(program)
     points = _points(sites)
     running = {key: RunningStats(use.features, sample) for key, use in points.items()}
@@ -124,7 +130,7 @@ def calibrate(
     weighed = importances.means() if importances is not None else {}
     drifted = drifts.means() if drifts is not None else {}
     found = Calibration(program.fingerprint(), groups, members, probe, digests, weighed, drift=drifted)
-    if recipe is None:
+    if asked is None:
         return found
     from recast.passes.sequential import behind_prefix  # which plans, and plans read calibrations
 
@@ -132,7 +138,7 @@ def calibrate(
         return behind_prefix(
             program,
             held,
-            Recipe.of(recipe),
+            asked,
             found,
             cache or OperatorCache.default(),
             sample=sample,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from recast.patterns.errors import FormError, PlanError, nearest
 __all__ = ["Entry", "Plan", "Skip"]
 
 _VERSION = 1
+_KEYS = ("version", "model", "statistics", "compute_dtype", "coverage", "recipe", "sites", "skipped", "notes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,41 +140,53 @@ class Plan:
 
     @staticmethod
     def parse(text: str, where: str = "plan") -> Plan:
-        """Read a plan from YAML.
+        """Read a plan from YAML; a name under both ``sites`` and ``skipped`` is a site.
 
         Raises
         ------
         PlanError
-            It is not YAML, or a key is unknown.
+            It is not YAML, a key is unknown, ``sites`` is missing, or a value is of another kind.
         """
         try:
             data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
             raise PlanError(f"plan: '{where}' is not valid YAML: {error}") from error
-        if not isinstance(data, Mapping) or not isinstance(data.get("sites", 0) or {}, Mapping):
-            raise PlanError(
-                f"plan: '{where}' is not a plan: a mapping with 'model' and 'sites' is needed, as str(plan) writes it"
-            )
-        known = {"version", "model", "statistics", "compute_dtype", "coverage", "recipe", "sites", "skipped", "notes"}
+        needed = "a mapping with 'model' and 'sites' is needed, as str(plan) writes it"
+        if not isinstance(data, Mapping):
+            raise PlanError(f"plan: '{where}' is not a plan, it holds {_kind(data)}: {needed}")
         for key in data:
-            if key not in known:
-                raise PlanError(f"plan: unknown key '{key}' in '{where}'; {nearest(str(key), known)}")
-        if data.get("version", _VERSION) != _VERSION:
-            raise PlanError(f"plan: '{where}' is of version {data['version']}; this recast reads version {_VERSION}")
-        dtype = data.get("compute_dtype")
+            if key not in _KEYS:
+                raise PlanError(f"plan: unknown key '{key}' in '{where}'; {nearest(str(key), _KEYS)}")
+        if "sites" not in data:
+            raise PlanError(
+                f"plan: '{where}' has no 'sites': {needed}; 'sites: {{layer: {{form: int8}}}}' would rewrite one, 'sites: {{}}' none"
+            )
+        sites = _value(data, "sites", Mapping, "a mapping from names to forms, as 'layer: {form: int8}'", where) or {}
+        version = data.get("version", _VERSION)
+        if isinstance(version, bool) or version != _VERSION:
+            raise PlanError(f"plan: '{where}' is of version {version}; this recast reads version {_VERSION}")
+        dtype = _value(data, "compute_dtype", str, "text such as bf16", where)
         if dtype is not None and dtype not in COMPUTE_DTYPES:
             raise PlanError(
                 f"plan: compute_dtype '{dtype}' in '{where}' is unknown; {nearest(str(dtype), COMPUTE_DTYPES)}"
             )
+        entries: dict[str, Entry] = {}
+        for name, row in sites.items():
+            if str(name) in entries:  # 0 and '0', say
+                raise PlanError(f"plan: site '{name}' is there twice in '{where}'; keep one of the two")
+            entries[str(name)] = _entry(str(name), row, where)
+        skipped = _value(data, "skipped", list, "a list of name and reason", where) or []
+        quoted = "text as str(plan) writes it, digits in quotes"
         return Plan(
-            fingerprint=str(data.get("model") or ""),
-            entries={str(name): _entry(str(name), row, where) for name, row in (data["sites"] or {}).items()},
-            skipped=[_skip(row, where) for row in data.get("skipped") or []],
+            fingerprint=_value(data, "model", str, quoted, where) or "",
+            entries=entries,
+            # Who adds a site need not look for it among those that stay dense.
+            skipped=[skip for row in skipped if (skip := _skip(row, where)).name not in entries],
             compute_dtype=dtype,
-            recipe=dict(data.get("recipe") or {}),
-            statistics=data.get("statistics"),
+            recipe=dict(_value(data, "recipe", Mapping, "a mapping", where) or {}),
+            statistics=_value(data, "statistics", str, quoted, where),
             coverage=_number(data.get("coverage", 1.0), "coverage", where),
-            notes=[str(note) for note in data.get("notes") or []],
+            notes=[str(note) for note in _value(data, "notes", list, "a list of lines", where) or []],
         )
 
     @staticmethod
@@ -195,18 +209,42 @@ def _entry(name: str, row: Any, where: str) -> Entry:
             raise PlanError(
                 f"plan: unknown key '{key}' at site '{name}' in '{where}'; {nearest(str(key), fields | {'form'})}"
             )
+    if not isinstance(row["form"], str):
+        raise PlanError(
+            f"plan: form of site '{name}' in '{where}' must be text such as int8, not {_kind(row['form'])} {row['form']!r}"
+        )
     try:
-        form = Form.parse(str(row["form"]))
+        form = Form.parse(row["form"])
     except FormError as error:
         raise PlanError(f"plan: site '{name}' in '{where}': {error}") from error
-    numbers = {k: _number(row[k], f"{k} of site '{name}'", where) for k in row if k != "form"}
+    numbers = {k: _number(row[k], f"{k} of site '{name}'", where, finite="error" not in k) for k in row if k != "form"}
     values: dict[str, Any] = {k: v if "error" in k else int(v) for k, v in numbers.items()}
     return Entry(name, form, **values)
 
 
-def _number(value: Any, what: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise PlanError(f"plan: {what} in '{where}' must be a number, not {value!r}")
+def _value(data: Mapping[str, Any], key: str, kind: type, wanted: str, where: str) -> Any:
+    """What stands at a key, of a kind; None where there is nothing."""
+    value = data.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise PlanError(
+            f"plan: '{key}' in '{where}' must be {wanted}, not {_kind(value)} {value!r}"
+            + ("" if key == "sites" else "; it may be left out")
+        )
+    return value
+
+
+def _kind(value: Any) -> str:
+    """What YAML made of a value, in words."""
+    if value is None:
+        return "nothing"
+    return {dict: "a mapping", list: "a list", str: "the text", bool: "the truth value"}.get(
+        type(value), f"the {type(value).__name__}"
+    )
+
+
+def _number(value: Any, what: str, where: str, *, finite: bool = True) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or (finite and not math.isfinite(value)):
+        raise PlanError(f"plan: {what} in '{where}' must be a number, not {value!r}; it may be left out")
     return value
 
 

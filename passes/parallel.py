@@ -19,8 +19,8 @@ R = TypeVar("R")
 
 def check_jobs(jobs: int | None) -> None:
     """Raise PlanError unless `jobs` is None or a positive number."""
-    if jobs is not None and jobs < 1:
-        raise PlanError(f"jobs: {jobs} cannot work; 1 or more would, such as the number of cores")
+    if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
+        raise PlanError(f"jobs: {jobs!r} cannot work; a whole number, 1 or more, would, such as the number of cores")
 
 
 def mapped(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from recast.passes.arguments import check_calibration, check_program
 from recast.passes.budget import check_budget, pays, under_budget, would_not_pay
 from recast.passes.cache import OperatorCache
 from recast.passes.calibration import Calibration
@@ -17,11 +18,12 @@ from recast.passes.forms.form import Form
 from recast.passes.forms.scaled import ScaledInputs
 from recast.passes.forms.shared import divided, groups_of
 from recast.passes.forms.stats import Stats
+from recast.passes.left_dense import outside_blocks
 from recast.passes.modules.apply import choose
 from recast.passes.parallel import check_jobs, mapped
 from recast.passes.recipe import Recipe, name_matches
 from recast.patterns.constants import Constants
-from recast.patterns.errors import CoverageError, FormError, nearest
+from recast.patterns.errors import CoverageError, FormError, PlanError, nearest
 from recast.patterns.find import coverage
 from recast.patterns.linear.find import Matrix, find_linear, matrix_of
 from recast.patterns.program import Program
@@ -114,6 +116,8 @@ def plan(
     4352
     """
     check_jobs(jobs)
+    check_program(program, "plan", PlanError)
+    check_calibration(calibration, "plan")
     asked = Recipe.of(recipe)
     asked.check()
     if calibration is not None:
@@ -148,6 +152,8 @@ def plan(
             skipped.append(entry)
         else:
             entries[name] = entry
+    remade = {linear: block for block, linears in smaller.parts.items() for linear in linears}
+    skipped, inner = outside_blocks(skipped, remade, sites, wanted)
     seen = {name: targets[name].stats for name in entries}
     if calibration is not None:
         for name, fit in smaller.fits.items():
@@ -162,7 +168,9 @@ def plan(
         statistics=calibration.hash if calibration is not None else None,
         calibration=calibration,
         coverage=covered.fraction,
-        notes=[*_idle(asked, sites, smaller.names), *_kept(sites, entries), *_notes(seen), *_unseen(entries, seen)],
+        notes=[
+            *_idle(asked, sites, smaller.names), *_kept(sites, entries), *inner, *_notes(seen), *_unseen(entries, seen)
+        ],
     )
 
 

@@ -224,7 +224,7 @@ def _from_file(path: Path) -> Recipe:
         ) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"recipe: '{path}' is not text: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         raise RecipeError(f"recipe: '{path}' is not valid YAML: {error}") from error
     if isinstance(data, str):
         return Recipe(default=Form.parse(data))
@@ -253,7 +253,7 @@ def _from_dict(data: Mapping[str, Any], where: str) -> Recipe:
     )
     if given.get("compute_dtype") is not None:
         name = given["compute_dtype"]
-        if name not in COMPUTE_DTYPES:
+        if not isinstance(name, str) or name not in COMPUTE_DTYPES:
             raise RecipeError(
                 f"recipe: compute_dtype '{name}' in {where} is unknown; {nearest(str(name), COMPUTE_DTYPES)}"
             )

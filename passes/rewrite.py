@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recast.passes.arguments import check_calibration, check_plan, check_program
 from recast.passes.base import Context, Pipeline, Soundness, discover
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration
 from recast.passes.exact import Note
 from recast.passes.failure import verify
 from recast.passes.forms.scaled import ScaledInputs
+from recast.passes.left_dense import left_dense
 from recast.passes.modules.apply import is_module, make_smaller
 from recast.passes.parallel import check_jobs
 from recast.passes.plan import Plan
@@ -22,6 +24,7 @@ from recast.patterns.errors import PlanError, nearest
 from recast.patterns.find import coverage
 from recast.patterns.linear.find import find_linear
 from recast.patterns.program import Program
+from recast.patterns.sites import LinearSite
 
 __all__ = ["pipeline_for", "rewrite"]
 
@@ -95,8 +98,11 @@ def rewrite(
     'int8'
     """
     check_jobs(jobs)
+    check_program(program, "rewrite", PlanError)
+    check_plan(plan, "rewrite")
+    check_calibration(calibration, "rewrite")
     calibration = calibration or plan.calibration
-    _check(program, plan, calibration)
+    sites = _check(program, plan, calibration)
     pipeline = pipeline_for(plan)
     pipeline.check()
     if program.training and pipeline.soundness is not Soundness.EXACT:
@@ -117,11 +123,13 @@ def rewrite(
         current = following
     if current is program:
         current = program.copy()
+    smaller = context.notes.get("blocks")
+    remade = {linear for linears in smaller.parts.values() for linear in linears} if smaller is not None else set()
     current.plan = plan
     current.report = Report(
         model=program.label,
         rows=[*context.notes.get("apply_modules", []), *context.notes.get("apply_forms", [])],
-        skipped=list(plan.skipped),
+        skipped=left_dense(plan.skipped, plan.entries, remade, sites),
         bytes_before=program.nbytes(),
         bytes_after=current.nbytes(),
         coverage=coverage(program).to_dict(),
@@ -132,14 +140,16 @@ def rewrite(
     return current
 
 
-def _check(program: Program, plan: Plan, calibration: Calibration | None) -> None:
+def _check(program: Program, plan: Plan, calibration: Calibration | None) -> list[LinearSite]:
+    """Every linear of the program, if the plan goes with it; PlanError if not."""
     found = program.fingerprint()
     if plan.fingerprint and plan.fingerprint != found:
         raise PlanError(
             f"plan: it was made for model {plan.fingerprint}, this is {found} ({program.label}); plan again"
         )
     blocks = {name: entry for name, entry in plan.entries.items() if is_module(entry)}
-    sites, _ = find_linear(program)
+    linears, _ = find_linear(program)
+    sites = linears
     names = {s.name for s in sites} | {f"{s.name}.{p.name}" for s in sites for p in s.parts}
     if blocks and not plan.entries.keys() <= names | blocks.keys():
         # Parts of a packed matrix may have other names when it is smaller.
@@ -166,6 +176,7 @@ def _check(program: Program, plan: Plan, calibration: Calibration | None) -> Non
             f"plan: it was made with calibration {plan.statistics}, which is not at hand; pass it: "
             "recast.rewrite(program, plan, calibration=recast.Calibration.load(path)), or remove the line 'statistics'"
         )
+    return linears
 
 
 def _whole(before: Program, after: Program, context: Context) -> dict[str, dict[str, float]]:

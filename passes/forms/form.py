@@ -13,14 +13,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.stats import Stats, all_finite, squared_error
-from recast.patterns.errors import FormError, RecastError, WeightError, nearest
+from recast.patterns.errors import CalibrationError, FormError, RecastError, WeightError, nearest
 
-__all__ = ["Form", "NamedForm", "Parameter", "Together", "literal"]
+__all__ = ["Form", "NamedForm", "Parameter", "Together", "check_matrix", "literal"]
 
 Scalar = bool | int | float | str
+_FITTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Form(abc.ABC):
         FormError
             If the form does not go with the shape.
         WeightError
-            If the weight is not a finite floating matrix.
+            If the weight is not a finite matrix of 16, 32 or 64 bits, or has no values.
         CalibrationError
             If the statistics are not of this weight's inputs, or not finite.
         """
@@ -204,11 +206,16 @@ class Form(abc.ABC):
     def checked(self, weight: Tensor, stats: Stats | None, where: str | None = None) -> Tensor:
         """Return the weight without its history, once it, its shape and the statistics are fit for a fit; errors as there."""
         at = f" at {where}" if where else ""
-        if weight.dim() != 2 or 0 in weight.shape:
-            raise WeightError(f"{self}: a weight of two dimensions is needed{at}, this one is {tuple(weight.shape)}")
+        check_matrix(weight, f"{self}: the weight{at}")
         self.check((weight.shape[0], weight.shape[1]), where)
-        if not weight.is_floating_point():
-            raise WeightError(f"{self}: the weight{at} is {weight.dtype}, not floating; weight.float() would work")
+        if weight.dtype not in _FITTED:
+            found = "too coarse to be fitted" if weight.is_floating_point() else "not floating"
+            raise WeightError(f"{self}: the weight{at} is {weight.dtype}, {found}; weight.float() would work")
+        if stats is not None and not isinstance(stats, Stats):
+            raise CalibrationError(
+                f"{self}: statistics{at} must be recast.passes.forms.stats.Stats, not {type(stats).__name__}; "
+                "recast.calibrate(program, batches)[site] gives some, None is for a fit without data"
+            )
         weight = weight.detach()
         _refuse_nonfinite(weight, f"{self}: the weight{at}")
         if stats is not None:
@@ -266,6 +273,32 @@ def _out_of_range(form: Form, weight: Tensor, at: str, found: str) -> str:
         f"{form}: no fit{at} to a weight {tuple(weight.shape)} of {weight.dtype}, largest value {size:.3g}: {found}; a weight of "
         "moderate size would work, its scale folded into a neighbour"
     )
+
+
+def check_matrix(weight: object, what: str) -> None:
+    """Raise WeightError unless something is a matrix with values."""
+    if (problem := _no_matrix(weight)) is not None:
+        raise WeightError(f"{what} {problem}")
+
+
+def _no_matrix(weight: object) -> str | None:
+    """Say why something is no matrix with values, and what would work; None if it is one."""
+    if not isinstance(weight, Tensor):
+        works = "a torch tensor (m, n)" if weight is None else "torch.as_tensor(weight)"
+        return f"is {'None' if weight is None else f'a {type(weight).__name__}'}, not a tensor; {works} would work"
+    if weight.is_nested:
+        return "is a nested tensor; a plain one of two dimensions would work"
+    if weight.layout is not torch.strided:
+        return f"is held as {weight.layout}, not as a dense matrix; weight.to_dense() would work"
+    if weight.is_quantized:
+        return f"is quantized already ({weight.dtype}); weight.dequantize() would work"
+    if weight.dim() != 2:
+        return f"is {tuple(weight.shape)}, and a weight of two dimensions (m, n) is needed; weight.reshape(m, n) would work"
+    if 0 in weight.shape:
+        return f"is {tuple(weight.shape)}, which is empty; one row and one column or more would work"
+    if weight.is_meta or isinstance(weight, FakeTensor):
+        return "has a shape but no values (it is on the meta device); a weight on a device, as a checkpoint loads it, would work"
+    return None
 
 
 def _refuse_nonfinite(weight: Tensor, what: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from recast.passes.render.svg import scatter, spectrum
 from recast.passes.render.table import baseline
-from recast.passes.render.words import bytes_text, count_text, error_text, milliseconds_text, times_text
+from recast.passes.render.words import bytes_text, change_text, count_text, error_text, milliseconds_text, times_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -170,7 +170,7 @@ def _dot(row: SiteRow) -> tuple[float, float, str]:
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
     """Headline figures: label, figure, remark."""
     before, after = report.bytes_before, report.bytes_after
-    size = f"{bytes_text(before)} before, {times_text(before, after)} smaller"
+    size = f"{bytes_text(before)} before, {change_text(before, after)}"
     tiles = [("weights", bytes_text(after), size)]
     flops = report.flops
     if flops[0]:

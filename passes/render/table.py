@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from recast.passes.render.words import bytes_text, count_text, error_text, milliseconds_text, times_text
+from recast.passes.render.words import bytes_text, change_text, count_text, error_text, milliseconds_text, times_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +64,7 @@ def _summary(report: Report) -> Any:
         f"{report.model} for {report.target}: {len(report.rows)} sites rewritten, {len(report.skipped)} left dense",
     ]
     sizes = bytes_text(report.bytes_before), bytes_text(report.bytes_after)
-    lines.append(f"weights  {sizes[0]} → {sizes[1]} ({times_text(report.bytes_before, report.bytes_after)} smaller)")
+    lines.append(f"weights  {sizes[0]} → {sizes[1]} ({change_text(report.bytes_before, report.bytes_after)})")
     if flops[0]:
         lines.append(f"sites    {count_text(flops[0])} → {count_text(flops[1])} FLOPs a token")
     for name, figures in report.whole.items():
@@ -99,7 +99,7 @@ def _sites(report: Report, most: int | None) -> list[Any]:
             _text(row.form),
             f"{row.shape[0]}×{row.shape[1]}",
             f"{bytes_text(row.bytes_before)} → {bytes_text(row.bytes_after)}",
-            times_text(row.flops_before, row.flops_after) if row.flops_after != row.flops_before else "same",
+            f"{count_text(row.flops_before)} → {count_text(row.flops_after)}",
             error_text(row.predicted_error),
             error_text(row.measured_error),
             _text(row.kernel),

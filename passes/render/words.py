@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["bytes_text", "count_text", "error_text", "milliseconds_text", "times_text"]
+__all__ = ["bytes_text", "change_text", "count_text", "error_text", "milliseconds_text", "times_text"]
 
 
 def bytes_text(count: float) -> str:
@@ -72,6 +72,21 @@ def times_text(before: float, after: float) -> str:
     ('4.00×', '0.750×', '–')
     """
     return f"{_three(before / after)}×" if after else "–"
+
+
+def change_text(before: float, after: float) -> str:
+    """By how much something shrank or grew.
+
+    Examples
+    --------
+    >>> change_text(100, 25), change_text(3, 4), change_text(2, 2), change_text(0, 2)
+    ('4.00× smaller', '1.33× larger', 'same', '–')
+    """
+    if before == after:
+        return "same"
+    if not before or not after:
+        return "–"
+    return f"{times_text(before, after)} smaller" if after < before else f"{times_text(after, before)} larger"
 
 
 def _three(value: float) -> str:

@@ -72,6 +72,7 @@ def test_model(cli: Cli, here: Path, model: str, said: str) -> None:
         (["-r", "rules.yaml", "--budget", "0.4x"], "a budget of 40% has nothing to choose from"),
         (["--min-coverage", "7"], "--min-coverage"),
         (["--plan", "missing.yaml"], "cannot be read"),
+        (["--plan", "siteless.yaml"], "'siteless.yaml' has no 'sites': a mapping with 'model' and 'sites' is needed"),
         (["--sequential"], "it needs --calibrate with real inputs"),
         (["--tokens", "1,none"], "--tokens '1,none' names no numbers of vectors"),
         (["--nothing"], "No such option"),
@@ -81,6 +82,7 @@ def test_model(cli: Cli, here: Path, model: str, said: str) -> None:
 def test_options(cli: Cli, here: Path, options: list[str], said: str) -> None:
     (here / "bad.yaml").write_text("defualt: int8\n", encoding="utf-8")
     (here / "choices.yaml").write_text("candidates: [int8, int4]\n", encoding="utf-8")
+    (here / "siteless.yaml").write_text("recipe: {default: int8}\n", encoding="utf-8")
     (here / "rules.yaml").write_text("rules: [{match: up, form: int8}]\n", encoding="utf-8")
     refused(cli("optimize", "little:make", "-t", "eager", "-o", "out", *options), said, folder=here)
 

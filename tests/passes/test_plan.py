@@ -278,7 +278,7 @@ def test_a_budget_spends_more_where_more_tokens_pass(seldom: str) -> None:
     [
         ("a: [", "not valid YAML"),
         ("- int8", "is not a plan"),
-        ("sites: [int8]", "is not a plan"),
+        ("sites: [int8]", "'sites' in .* must be a mapping from names to forms"),
         ("sites: {}\nmodle: x", "unknown key 'modle' .* did you mean 'model'"),
         ("sites: {}\nversion: 2", "is of version 2; this recast reads version 1"),
         ("sites: {}\ncompute_dtype: bf1", "did you mean 'bf16'"),

@@ -94,6 +94,19 @@ def test_table_has_every_site_and_the_skipped_ones(report: Report) -> None:
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
+def test_operations_and_bytes_are_told_before_and_after(report: Report) -> None:
+    """Twice the work is nothing that reads like a saving."""
+    row = dataclasses.replace(report.rows[0], flops_before=70_000, flops_after=75_300)
+    more = dataclasses.replace(report, rows=[row], bytes_before=3_000, bytes_after=4_000)
+    text = table_text(more, width=200)
+    assert "70.0 k → 75.3 k" in next(line for line in text.splitlines() if line.startswith(f"{row.name} "))
+    assert "3.00 kB → 4.00 kB (1.33× larger)" in text
+    assert "3.00 kB before, 1.33× larger" in page(more)
+    fewer = dataclasses.replace(more, rows=[dataclasses.replace(row, flops_after=35_000)], bytes_after=1_500)
+    assert "70.0 k → 35.0 k" in table_text(fewer, width=200)
+    assert "(2.00× smaller)" in table_text(fewer)
+
+
 def test_table_shows_markup_in_names_as_it_is(report: Report) -> None:
     text = "".join(table_text(evil(report), width=400).split())
     assert "".join(EVIL.split()) in text
