@@ -169,7 +169,11 @@ def plan(
         calibration=calibration,
         coverage=covered.fraction,
         notes=[
-            *_idle(asked, sites, smaller.names), *_kept(sites, entries), *inner, *_notes(seen), *_unseen(entries, seen)
+            *_idle(asked, sites, smaller.names),
+            *_kept(sites, entries),
+            *inner,
+            *_notes(seen),
+            *_unseen(entries, seen),
         ],
     )
 
