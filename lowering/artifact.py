@@ -50,6 +50,8 @@ class Artifact:
         What the rewrite did, with the kernel each site got.
     plan
         What was decided.
+    beside
+        Files that `save` puts into the folder too: a tokenizer's.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Artifact:
     ) -> None:
         self.lowering, self.runner, self.interface = lowering, runner, interface
         self.report, self.plan = report, plan_
+        self.beside: list[Path] = []
         self._program = program
         self._positions = list(interface.mutations)
 
@@ -128,6 +131,8 @@ class Artifact:
             else:
                 data["interface"] = _interface_to(self.interface)
             self.lowering.write(folder)
+            for path in self.beside:
+                shutil.copyfile(path, folder / path.name)
             (folder / "report.json").write_text(json.dumps(self.report.to_dict(), indent=1), encoding="utf-8")
             (folder / "report.html").write_text(page(self.report), encoding="utf-8")
             if self.plan is not None:

@@ -99,6 +99,7 @@ def program_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "training": program.training,
         "label": program.label,
         "notes": program.notes,
+        "decoder": program.decoder,
         "derived": {name: made.to_dict() for name, made in program.derived.items()},
         "dropped": program.dropped,
         "interface": {
@@ -300,6 +301,7 @@ def _program_from(data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
         training=data["training"],
         label=data["label"],
         notes=list(data["notes"]),
+        decoder=data.get("decoder"),
         derived={str(n): Derivation.from_dict(made) for n, made in data.get("derived", {}).items()},
         dropped={str(n): str(why) for n, why in data.get("dropped", {}).items()},
     )

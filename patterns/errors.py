@@ -11,6 +11,7 @@ __all__ = [
     "CaptureError",
     "CoverageError",
     "FormError",
+    "GenerationError",
     "ModelError",
     "PlanError",
     "RecastError",
@@ -44,6 +45,10 @@ class ModelError(RecastError, ValueError):
 
 class CalibrationError(RecastError, ValueError):
     """Calibration data or statistics are empty, wrongly shaped, not finite, or belong to another model."""
+
+
+class GenerationError(RecastError, ValueError):
+    """Text cannot be generated: the artifact keeps no cache, or a prompt or an option does not fit."""
 
 
 class RecipeError(RecastError, ValueError):

@@ -136,6 +136,8 @@ class Program:
         Original weights that nothing needs any more, with the reason.
     rewrites
         What `recast.simplify` did and refused, if it was run.
+    decoder
+        Of a decoder captured with its cache, what a generation loop has to know: layers, heads, tokens that end a text.
     """
 
     module: fx.GraphModule
@@ -150,6 +152,7 @@ class Program:
     derived: dict[str, Derivation] = dataclasses.field(default_factory=dict)
     dropped: dict[str, str] = dataclasses.field(default_factory=dict)
     rewrites: Any = None
+    decoder: dict[str, Any] | None = None
     memory: dict[Hashable, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

@@ -56,6 +56,8 @@ class OnnxRuntime(Lowering):
         self.external_data, self.threads = external_data, threads
         self.inputs: list[str | None] = []
         self.outputs: list[list[Any]] = []
+        self.decoder: dict[str, Any] | None = None  # of a decoder with its cache; see `Program`
+        self.session: Any = None  # onnxruntime.InferenceSession
         self._kernels: dict[str, str] = {}
         self._model: Any = None  # onnx_ir.Model over the program's own tensors
         self._folder: Path | None = None  # where a loaded one came from
@@ -72,17 +74,17 @@ class OnnxRuntime(Lowering):
         check(program)
         inlined, self._kernels = inline_operators(program, kernels(self.accuracy_level))
         fuse(inlined)
-        self.inputs, self.outputs = input_names(inlined), output_kinds(inlined)
+        self.inputs, self.outputs, self.decoder = input_names(inlined), output_kinds(inlined), program.decoder
         self._model = export(inlined, _sites(program), self.opset)
         with tempfile.TemporaryDirectory(prefix="recast-onnx-") as folder:
             if self._external:
                 self.write(Path(folder))
-                session = load_session(Path(folder) / _MODEL, self.threads)
+                self.session = load_session(Path(folder) / _MODEL, self.threads)
             else:
                 import onnx_ir
 
-                session = load_session(onnx_ir.to_proto(self._model).SerializeToString(), self.threads)
-        return runner(session, self.inputs, self.outputs)
+                self.session = load_session(onnx_ir.to_proto(self._model).SerializeToString(), self.threads)
+        return runner(self.session, self.inputs, self.outputs)
 
     @property
     def _external(self) -> bool:
@@ -114,11 +116,12 @@ class OnnxRuntime(Lowering):
         """Restore from `write`'s files; neither torch's exporter nor onnx is needed."""
         described = dict(data["lowering"])
         inputs, outputs, kernels = described.pop("inputs"), described.pop("outputs"), described.pop("kernels")
+        decoder = described.pop("decoder", None)
         lowering = cls(**described)
         lowering.inputs, lowering.outputs, lowering._kernels = inputs, outputs, kernels
-        lowering._folder = folder.absolute()
-        session = load_session(lowering._folder / _MODEL, lowering.threads)
-        return lowering, runner(session, inputs, outputs)
+        lowering._folder, lowering.decoder = folder.absolute(), decoder
+        lowering.session = load_session(lowering._folder / _MODEL, lowering.threads)
+        return lowering, runner(lowering.session, inputs, outputs)
 
     def extra(self) -> dict[str, Any]:
         """Options, as they were, and how flat inputs and results are called in the graph."""
@@ -130,6 +133,7 @@ class OnnxRuntime(Lowering):
             "inputs": self.inputs,
             "outputs": self.outputs,
             "kernels": self._kernels,
+            "decoder": self.decoder,
         }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from recast.lowering.onnx.cache import cache_inputs, present_names
 from recast.lowering.onnx.decomposed import Decomposed
 from recast.lowering.onnx.session import needed
 from recast.lowering.onnx.translations import translations
@@ -34,9 +35,12 @@ class _Flat(nn.Module):
         super().__init__()
         self.program = program.module
         self.positions, self.results = positions, results
+        self.sizes = _same_sizes([program.inputs()[i].meta["val"] for i in positions])
         self.constants = [program.interface.constants.get(i) for i in range(len(program.inputs()))]
 
     def forward(self, *tensors: Tensor) -> tuple[Any, ...]:
+        for (first, a), (other, b) in self.sizes:
+            torch._check(tensors[first].shape[a] == tensors[other].shape[b])  # type: ignore[no-untyped-call]
         leaves = list(self.constants)
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
@@ -44,10 +48,23 @@ class _Flat(nn.Module):
         return tuple(found[i] for i in self.results)
 
 
+def _same_sizes(values: list[Tensor]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Pairs of (input, dimension) that the program holds for one free size."""
+    first: dict[str, tuple[int, int]] = {}
+    found = []
+    for place, value in enumerate(values):
+        for dimension, size in enumerate(value.shape):
+            here = (place, dimension)
+            if not isinstance(size, int) and first.setdefault(str(size), here) != here:
+                found.append((first[str(size)], here))
+    return found
+
+
 def input_names(program: Program) -> list[str | None]:
     """Name of each flat input, None where it is no tensor."""
     nodes = program.inputs()
-    return [str(n.target) if isinstance(n.meta.get("val"), Tensor) else None for n in nodes]
+    plain = [str(n.target) if isinstance(n.meta.get("val"), Tensor) else None for n in nodes]
+    return plain if program.decoder is None else cache_inputs(plain)
 
 
 def output_kinds(program: Program) -> list[list[Any]]:
@@ -67,7 +84,9 @@ def output_kinds(program: Program) -> list[list[Any]]:
 def _result_names(program: Program, count: int) -> list[str]:
     example = pytree.tree_unflatten(list(range(count)), program.interface.out_spec)
     taken: set[str] = {name for name in input_names(program) if name}
-    names = []
+    names: list[str] = []
+    if program.decoder is not None:
+        return ["logits", *present_names(len(program.decoder["cache"]))]
     for path, position in pytree.tree_flatten_with_path(example)[0]:
         text = re.sub(r"\W+", "_", pytree.keystr(path)).strip("_")
         name = text if re.match(r"[A-Za-z_]", text) else f"output_{text or position}" if count > 1 else "output"
@@ -177,6 +196,7 @@ def _tidy(model: Any, sites: Mapping[str, str]) -> None:
             text = str(getattr(size, "value", size))
             if re.fullmatch(r"s\d+", text) and text not in sizes:
                 plain = _FREE[dimension] if dimension < len(_FREE) else f"size_{dimension}"
+                plain = "past" if value.name.startswith("past_key_values.") else plain
                 same = sum(1 for name in sizes.values() if name.rstrip("_0123456789") == plain)
                 sizes[text] = plain if not same else f"{plain}_{same + 1}"
     import onnx_ir

@@ -22,6 +22,7 @@ from recast.patterns.capture.canonical import canonicalise
 from recast.patterns.capture.checked import check_result, copied
 from recast.patterns.capture.composites import can_be_expanded, expand_composites
 from recast.patterns.capture.decisions import decisions
+from recast.patterns.capture.decoder import cached_forward, decoder_facts, decoder_inputs, decoder_shapes
 from recast.patterns.capture.switches import Switch
 from recast.patterns.errors import CaptureError
 from recast.patterns.program import Interface, Program, fixed_size, graph_module, set_by_path
@@ -39,6 +40,7 @@ def capture(
     dynamic_shapes: Any = None,
     *,
     check: bool = True,
+    cache: bool = False,
 ) -> Program:
     """Capture a model as a `Program`.
 
@@ -55,6 +57,12 @@ def capture(
         Whether to run the program beside the model on the example (not in training mode, and not if it writes to its
         buffers): `torch.export` has been seen to trace something else in silence. A program of a patched or switched model
         is always checked.
+    cache
+        Capture a causal language model of transformers with its key-value cache as tensors, so that one program computes the
+        prompt and every token after it: ``program(input_ids, attention_mask, past_key_values)`` gives ``{"logits", "present"}``,
+        caches as a pair ``(key, value)`` for each layer, each (batch, heads of keys, past, features). The example needs
+        ``input_ids`` only. The mask covers what is in the cache and what is new; a token's position is the number of ones before
+        it, or given by ``position_ids`` if the example has them.
 
     Returns
     -------
@@ -80,6 +88,13 @@ def capture(
         raise CaptureError(
             f"capture: a torch.nn.Module is needed, {type(model).__name__} was given; wrap the function in a module"
         )
+    if cache:
+        kwargs = decoder_inputs(model, args, kwargs)
+        shapes = decoder_shapes(kwargs) if dynamic_shapes is None else dynamic_shapes
+        with cached_forward(model) as said:
+            program = _export(model, (), kwargs, shapes, check)
+        program.notes[:0], program.decoder = said, decoder_facts(model, kwargs)
+        return program
     given = {*kwargs, *list(inspect.signature(model.forward).parameters)[: len(args)]}
     asked = "use_cache" in given or any(kwargs.get(k) is not None for k in ("past_key_values", "past_key_value"))
     switches.known_outputs(model)

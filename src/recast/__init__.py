@@ -16,6 +16,7 @@ if _absent:
     )
 
 from recast.compiling import compile  # noqa: A004  # torch.compile with this backend
+from recast.generation import Generated, Generator
 from recast.lowering.artifact import Artifact, load, lower, optimize
 from recast.passes.calibrate import Calibration, calibrate
 from recast.passes.forms import Form, Operator
@@ -47,6 +48,8 @@ __all__ = [
     "Coverage",
     "EmbeddingSite",
     "Form",
+    "Generated",
+    "Generator",
     "LinearSite",
     "MLPSite",
     "Mismatch",

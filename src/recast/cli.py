@@ -1,4 +1,4 @@
-"""The command line: ``recast demo | inspect | optimize | compare | forms | explain | replay``."""
+"""The command line: ``recast demo | inspect | optimize | generate | compare | forms | explain | replay``."""
 
 from __future__ import annotations
 
@@ -233,6 +233,10 @@ def optimize(
     allow_slower: Annotated[
         bool, typer.Option("--allow-slower", help="Refuse nothing for being slower than dense.")
     ] = False,
+    cache: Annotated[
+        bool,
+        typer.Option("--cache", help="A decoder with its key-value cache as inputs and outputs, for recast generate."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -258,6 +262,7 @@ def optimize(
         sequential=sequential,
         tokens=tokens,
         allow_slower=allow_slower,
+        cache=cache,
     )
     report = optimize_model(request, _say)
     if as_json:
@@ -267,6 +272,34 @@ def optimize(
     for part in report_tables(report, most=40):
         console.print(part)
     console.print(Text(f"written to {out}; see {out / 'report.html'}"))
+
+
+@app.command(epilog="Example: [bold]recast generate small --prompt 'def main(' --max-new-tokens 32[/bold]")
+def generate(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An artifact of optimize --cache -t onnx.", show_default=False)
+    ],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to write on from.")] = None,
+    ids: Annotated[str | None, typer.Option("--ids", help="Token ids in its place, as 5,17,3.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to write.")] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Divides the logits before one is drawn; 0: the largest is taken.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Draw from so many of the largest only; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the fewest that make this share only.")] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the drawing.", show_default=False)] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Folder of tokenizer.json, if not DIR.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write on from a prompt with a decoder exported to ONNX, as it comes, and tell how fast that was."""
+    from recast.generating import generate_text
+
+    wanted = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    found = generate_text(directory, prompt, ids, tokenizer, max_new_tokens, wanted, quiet=as_json)
+    if as_json:
+        _print_json(found)
 
 
 @app.command(epilog="Example: [bold]recast compare ./all-MiniLM-L6-v2 small smaller --on sentences.txt[/bold]")

