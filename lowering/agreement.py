@@ -45,6 +45,8 @@ def agree(artifact: Artifact, calibration: Calibration | None = None) -> Report:
     """
     program, report = artifact.program, artifact.report
     probe = calibration.probe if calibration is not None and calibration.probe else probe_inputs(program)
+    if program.decoder is not None:  # several tokens after others are for one text at a time (GroupQueryAttention)
+        probe = [leaf[:1] if isinstance(leaf, Tensor) else leaf for leaf in probe]
     with torch.no_grad():
         wanted = program.module(*[v.clone() if isinstance(v, Tensor) else v for v in probe])
         found = artifact.runner(list(probe))

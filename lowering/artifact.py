@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -270,6 +271,7 @@ def lower(program: Program, target: str = "inductor", **options: Any) -> Artifac
     report = program.report or Report(program.label, [], [], program.nbytes(), program.nbytes())
     kernels = lowering.kernels(program)
     report = report.on(target, kernels)
+    report = dataclasses.replace(report, notes=[*report.notes, *lowering.notes()])
     return Artifact(lowering, runner, program.interface, report, program.plan, program)
 
 

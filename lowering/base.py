@@ -61,6 +61,10 @@ class Lowering(abc.ABC):
         """What runs each site, by site name."""
         return {}
 
+    def notes(self) -> list[str]:
+        """What `prepare` chose besides, in words, for the report."""
+        return []
+
     def supports(self, form: Any) -> str | None:
         """None if the target can run a form; else the reason why not."""
         return None

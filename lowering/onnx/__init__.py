@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +12,8 @@ from recast.lowering.base import Lowering, Runner
 from recast.lowering.inline import inline_operators
 from recast.lowering.onnx.export import check, export, input_names, output_kinds
 from recast.lowering.onnx.fuse import fuse
+from recast.lowering.onnx.genai import genai_config
+from recast.lowering.onnx.grouped import group_attention
 from recast.lowering.onnx.kernels import kernels
 from recast.lowering.onnx.session import load_session, needed, runner
 from recast.passes.module import OperatorModule
@@ -37,6 +40,11 @@ class OnnxRuntime(Lowering):
         Keep weights in a file of their own; by default above 1 GiB.
     threads
         Of ONNX Runtime; by default as many as torch uses.
+    attention
+        Of a decoder with its cache: ``grouped`` for GroupQueryAttention, ``standard`` for standard operators, ``auto`` for the
+        first where it computes the same.
+    genai
+        Write a decoder's ``genai_config.json`` too, for onnxruntime-genai.
     """
 
     name: ClassVar[str] = "onnx"
@@ -44,7 +52,13 @@ class OnnxRuntime(Lowering):
     stores_program: ClassVar[bool] = False
 
     def __init__(
-        self, opset: int = 21, accuracy_level: int = 0, external_data: bool | None = None, threads: int | None = None
+        self,
+        opset: int = 21,
+        accuracy_level: int = 0,
+        external_data: bool | None = None,
+        threads: int | None = None,
+        attention: str = "auto",
+        genai: bool = False,
     ) -> None:
         if opset < 21:
             raise TargetError(f"target 'onnx': opset is {opset}, at least 21 is needed")
@@ -52,6 +66,9 @@ class OnnxRuntime(Lowering):
             raise TargetError(
                 f"target 'onnx': accuracy_level is {accuracy_level}; 0 (exact) or 4 (int8 activations) would work"
             )
+        if attention not in ("auto", "grouped", "standard"):
+            raise TargetError(f"target 'onnx': attention is {attention!r}; 'auto', 'grouped' or 'standard' would work")
+        self.attention, self.genai = attention, genai
         self.opset, self.accuracy_level = opset, accuracy_level
         self.external_data, self.threads = external_data, threads
         self.inputs: list[str | None] = []
@@ -59,6 +76,7 @@ class OnnxRuntime(Lowering):
         self.decoder: dict[str, Any] | None = None  # of a decoder with its cache; see `Program`
         self.session: Any = None  # onnxruntime.InferenceSession
         self._kernels: dict[str, str] = {}
+        self._notes: list[str] = []
         self._model: Any = None  # onnx_ir.Model over the program's own tensors
         self._folder: Path | None = None  # where a loaded one came from
 
@@ -73,9 +91,12 @@ class OnnxRuntime(Lowering):
         self.installed()
         check(program)
         inlined, self._kernels = inline_operators(program, kernels(self.accuracy_level))
+        self.decoder = self._group(inlined)
         fuse(inlined)
-        self.inputs, self.outputs, self.decoder = input_names(inlined), output_kinds(inlined), program.decoder
+        self.inputs, self.outputs = input_names(inlined), output_kinds(inlined)
         self._model = export(inlined, _sites(program), self.opset)
+        if self.decoder is not None:
+            self.decoder["in_place"] = self.decoder["grouped"] and _only_grouped(self._model)
         with tempfile.TemporaryDirectory(prefix="recast-onnx-") as folder:
             if self._external:
                 self.write(Path(folder))
@@ -85,6 +106,34 @@ class OnnxRuntime(Lowering):
 
                 self.session = load_session(onnx_ir.to_proto(self._model).SerializeToString(), self.threads)
         return runner(self.session, self.inputs, self.outputs)
+
+    def _group(self, program: Program) -> dict[str, Any] | None:
+        """Rewrite a decoder's attention, if it is one; gives what a generation loop has to know."""
+        if program.decoder is None:
+            if self.genai:
+                raise TargetError(
+                    f"target 'onnx': genai=True is for decoders with their cache, {program.label} was captured without; capture it "
+                    "with cache=True"
+                )
+            return None
+        reason = "attention='standard'" if self.attention == "standard" else group_attention(program)
+        if reason is not None and self.attention == "grouped":
+            raise TargetError(
+                f"target 'onnx': GroupQueryAttention does not compute what {program.label} does: {reason}"
+            )
+        self._notes = [
+            "attention: GroupQueryAttention; prompts of different lengths are padded on the right"
+            if reason is None
+            else f"attention: standard operators ({reason})"
+        ]
+        found = {**program.decoder, "grouped": reason is None}
+        if self.genai:
+            genai_config(found)  # what it has no words for is refused before the work
+        return found
+
+    def notes(self) -> list[str]:
+        """What became of a decoder's attention."""
+        return list(self._notes)
 
     @property
     def _external(self) -> bool:
@@ -97,6 +146,10 @@ class OnnxRuntime(Lowering):
 
     def write(self, folder: Path) -> None:
         """Write ``model.onnx``, and ``model.onnx.data`` where weights are kept apart."""
+        if self.genai and self.decoder is not None:
+            (folder / "genai_config.json").write_text(
+                json.dumps(genai_config(self.decoder), indent=1), encoding="utf-8"
+            )
         if self._folder is not None:
             for name in (_MODEL, _WEIGHTS):
                 if (self._folder / name).is_file():
@@ -130,11 +183,26 @@ class OnnxRuntime(Lowering):
             "accuracy_level": self.accuracy_level,
             "external_data": self.external_data,
             "threads": self.threads,
+            "attention": self.attention,
+            "genai": self.genai,
             "inputs": self.inputs,
             "outputs": self.outputs,
             "kernels": self._kernels,
             "decoder": self.decoder,
         }
+
+
+def _only_grouped(model: Any) -> bool:
+    """Whether nothing but GroupQueryAttention looks at a decoder's cache, or at its length, which may then be more than is in it."""
+    held = [value for value in model.graph.inputs if value.name.startswith("past_key_values.")]
+    return all(_looks_away(user) for value in held for user, _ in value.uses())
+
+
+def _looks_away(user: Any) -> bool:
+    if user.op_type == "Shape":  # of the batch alone
+        first, end = (user.attributes[name].as_int() if name in user.attributes else None for name in ("start", "end"))
+        return first in (None, 0) and end is not None and 0 <= end <= 2
+    return bool(user.op_type == "GroupQueryAttention")
 
 
 def _sites(program: Program) -> dict[str, str]:

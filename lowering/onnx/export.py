@@ -51,7 +51,7 @@ class _Flat(nn.Module):
 def _same_sizes(values: list[Tensor]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Pairs of (input, dimension) that the program holds for one free size."""
     first: dict[str, tuple[int, int]] = {}
-    found = []
+    found: list[tuple[tuple[int, int], tuple[int, int]]] = []
     for place, value in enumerate(values):
         for dimension, size in enumerate(value.shape):
             here = (place, dimension)

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from recast.lowering.onnx.weights import contrib
 from recast.patterns.program import Program
 
-__all__ = ["fuse"]
+__all__ = ["fuse", "named", "splice"]
 
 aten = torch.ops.aten
 _SYMBOLIC = torch.ops.onnx_symbolic._symbolic.default
@@ -27,6 +27,8 @@ def fuse(program: Program) -> None:
     for node in list(program.graph.nodes):
         if node.target is aten.add.Tensor:
             _bias(program, node)
+        elif node.target is aten.mul.Tensor:
+            _divide(program, node)
         elif node.target is aten.view.default:
             node.target = aten.reshape.default  # strides may differ from those the model was traced with
     program.graph.eliminate_dead_code()
@@ -54,9 +56,20 @@ def _bias(program: Program, node: fx.Node) -> None:
     product.args = ([*inputs, *[None] * (6 - len(inputs)), earlier], *product.args[1:])
 
 
+def _divide(program: Program, node: fx.Node) -> None:
+    """``x * rsqrt(v)`` as ``x / sqrt(v)``: as ONNX Runtime knows a root mean square, which it then computes in one pass."""
+    for x, inverse in (node.args, node.args[::-1]):
+        if isinstance(inverse, fx.Node) and inverse.target is aten.rsqrt.default and isinstance(x, fx.Node):
+            with program.graph.inserting_before(node):
+                root = program.graph.call_function(aten.sqrt.default, (inverse.args[0],))
+            root.meta = dict(inverse.meta)
+            node.target, node.args = aten.div.Tensor, (x, root)
+            return
+
+
 def _attention(program: Program, node: fx.Node, masks: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> None:
     """Write attention out: ONNX Runtime's CPU kernel for the whole of it is slower than its parts."""
-    arguments = _named(node)
+    arguments = named(node)
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     mask, causal = arguments["attn_mask"], arguments["is_causal"]
     if any(n.meta["val"].dtype != torch.float32 or n.meta["val"].dim() < 3 for n in (query, key, value)):
@@ -102,10 +115,12 @@ def _mask(program: Program, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
         sees = m if m.dtype == torch.bool else m >= lowest
         return sees.to(torch.float32).amax(-1, keepdim=True)
 
-    return tuple(splice(program, mask, run, [mask], after=True) for run in (added, seen))  # type: ignore[return-value]
+    found = [splice(program, mask, run, [mask], after=True) for run in (added, seen)]
+    return found[0], found[1]
 
 
-def _named(node: fx.Node) -> dict[str, Any]:
+def named(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a `scaled_dot_product_attention` by name."""
     schema = aten.scaled_dot_product_attention.default._schema.arguments
     found = {a.name: a.default_value if a.has_default_value() else None for a in schema}
     found.update({a.name: value for a, value in zip(schema, node.args, strict=False)})
@@ -114,15 +129,15 @@ def _named(node: fx.Node) -> dict[str, Any]:
 
 
 def splice(
-    program: Program, node: fx.Node, run: Callable[..., Tensor], operands: list[fx.Node], after: bool = False
-) -> fx.Node:
-    """Write what `run` does with some nodes' values into the graph, before or after a node; gives the result's node."""
+    program: Program, node: fx.Node, run: Callable[..., Any], operands: list[fx.Node], after: bool = False
+) -> Any:
+    """Write what `run` does with some nodes' values into the graph, before or after a node; gives its result's node or nodes."""
     with torch.no_grad():
         traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*[o.meta["val"] for o in operands])
     environment: dict[fx.Node, Any] = {}
     graph = program.graph
     where = graph.inserting_before(node.next if after else node)
-    result: fx.Node | None = None
+    result: Any = None
     with where:
         given = iter(operands)
         for inner in traced.graph.nodes:
@@ -131,10 +146,9 @@ def splice(
             elif inner.op == "call_function":
                 environment[inner] = graph.node_copy(inner, lambda n: environment[n])
             elif inner.op == "output":
-                result = environment[inner.args[0]]
+                result = fx.node.map_arg(inner.args[0], environment.__getitem__)
             else:
                 raise TypeError(
                     f"what is written into a graph must not hold tensors of its own ({inner.format_node()})"
                 )
-    assert result is not None
     return result

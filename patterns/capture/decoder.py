@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recast.patterns.errors import CaptureError
 
-__all__ = ["cached_forward", "decoder_facts", "decoder_inputs", "decoder_shapes", "empty_past"]
+__all__ = ["cached_forward", "decoder_facts", "decoder_inputs", "decoder_shapes", "empty_cache", "empty_past"]
 
 Past = Sequence[Sequence[Tensor]]
 _EXAMPLE = 3  # cached tokens of the example: any number but 0 and 1, which tracing would fix
@@ -45,7 +45,8 @@ def cached_forward(model: nn.Module) -> Iterator[list[str]]:
                 torch._check(held.shape[0] == input_ids.shape[0])  # type: ignore[no-untyped-call]
                 torch._check(held.shape[-2] == past)  # type: ignore[no-untyped-call]
         if position_ids is None:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, past:]
+            # The last ones, not those after the cache: a cache that is written in place is longer than what is in it.
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -length:]
         given = {"position_ids": position_ids} if "position_ids" in taken else {}
         cache = _cache(dynamic, past_key_values)
         result = inner(
@@ -161,7 +162,8 @@ def decoder_facts(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     -------
     dict
         ``model_type``, ``vocabulary``, ``positions`` (None if any number is taken), ``hidden``, ``heads``, ``eos`` (a list),
-        ``bos``, ``pad``, and ``cache``: for each layer heads of keys, features of a key and of a value.
+        ``bos``, ``pad``, ``takes_positions`` (as an input), and of the cache ``dtype`` and ``cache``:
+        for each layer heads of keys, features of a key and of a value.
     """
     config: Any = model.config
     generation = getattr(model, "generation_config", None)
@@ -181,5 +183,29 @@ def decoder_facts(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         "eos": [] if ends is None else [ends] if isinstance(ends, int) else [int(end) for end in ends],
         "bos": known("bos_token_id"),
         "pad": known("pad_token_id"),
+        "takes_positions": "position_ids" in inputs,
+        "dtype": str(inputs["past_key_values"][0][0].dtype).removeprefix("torch."),
         "cache": [[k.shape[1], k.shape[3], v.shape[3]] for k, v in inputs["past_key_values"]],
     }
+
+
+def empty_cache(decoder: Mapping[str, Any], batch: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """A cache without a token, for a captured decoder.
+
+    Parameters
+    ----------
+    decoder
+        Of `decoder_facts`.
+    batch
+        Number of texts.
+
+    Returns
+    -------
+    tuple of (key, value)
+        For each layer, (batch, heads, 0, features).
+    """
+    dtype = getattr(torch, decoder["dtype"])
+    return tuple(
+        (torch.zeros(batch, heads, 0, key, dtype=dtype), torch.zeros(batch, heads, 0, value, dtype=dtype))
+        for heads, key, value in decoder["cache"]
+    )

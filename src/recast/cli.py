@@ -237,6 +237,9 @@ def optimize(
         bool,
         typer.Option("--cache", help="A decoder with its key-value cache as inputs and outputs, for recast generate."),
     ] = False,
+    genai: Annotated[
+        bool, typer.Option("--genai", help="With --cache: write genai_config.json for onnxruntime-genai too.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -263,6 +266,7 @@ def optimize(
         tokens=tokens,
         allow_slower=allow_slower,
         cache=cache,
+        genai=genai,
     )
     report = optimize_model(request, _say)
     if as_json:

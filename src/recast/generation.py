@@ -183,7 +183,7 @@ class Generator:
         sampling = Sampling(temperature, top_k, top_p, seed)
         if max_new_tokens < 1:
             raise GenerationError(f"generate: max_new_tokens is {max_new_tokens}; 1 or more would work")
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
         spoken = any(isinstance(text, str) for text in texts)
         rows = [self.tokens(text) if isinstance(text, str) else [int(i) for i in text] for text in texts]
         self._check(rows)

