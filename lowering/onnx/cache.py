@@ -11,7 +11,13 @@ _ROLES = ("key", "value")
 
 
 def cache_inputs(names: Sequence[str | None]) -> list[str | None]:
-    """``past_key_values_3_0`` becomes ``past_key_values.3.key``; other names stay."""
+    """``past_key_values_3_0`` becomes ``past_key_values.3.key``; other names stay.
+
+    Examples
+    --------
+    >>> cache_inputs(["input_ids", "past_key_values_0_1"])
+    ['input_ids', 'past_key_values.0.value']
+    """
     found: list[str | None] = []
     for name in names:
         part = re.fullmatch(r"past_key_values_(\d+)_([01])", name or "")

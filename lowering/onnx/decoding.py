@@ -70,7 +70,9 @@ class Decoding:
             for i, (heads, *sizes) in enumerate(self._cache)
             for role, size in zip(("key", "value"), sizes, strict=True)
         ]
-        return self._run(ids)[np.arange(batch), lengths - 1 if self._grouped else -1]
+        last = lengths - 1 if self._grouped else np.full(batch, ids.shape[1] - 1)
+        found: Logits = self._run(ids)[np.arange(batch), last]
+        return found
 
     def step(self, tokens: Ids) -> Logits:
         """Append a token (batch,) to each text; give the logits (batch, vocabulary) after it."""

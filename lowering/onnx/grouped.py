@@ -66,7 +66,7 @@ def group_attention(program: Program) -> str | None:
     products = [n for n in program.graph.nodes if n.target is aten.scaled_dot_product_attention.default]
     layers = len((program.decoder or {}).get("cache", ()))
     if not products or len(products) != layers:
-        return f"{len(products)} attentions as one operation for a cache of {layers} layers"
+        return f"scaled_dot_product_attention computes {len(products)} of {layers} layers, the others are written out"
     masks: dict[Any, int] = {}
     tables: dict[tuple[fx.Node, fx.Node], tuple[Tensor, Tensor] | None] = {}
     try:

@@ -80,16 +80,21 @@ def _checked(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     takes = inspect.signature(model.forward).parameters
     if config is None or not {"input_ids", "past_key_values", "attention_mask"} <= set(takes):
-        raise CaptureError(
-            f"capture: cache=True was asked for {type(model).__name__}, which is no causal language model of transformers; capture "
-            "one (AutoModelForCausalLM), or write a forward that takes the cache's tensors and returns the new ones"
-        )
+        raise CaptureError(_refusal(model))
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError(
             f"capture: cache=True was asked for {type(model).__name__}, an encoder-decoder; only decoders alone are captured with "
             "their cache"
         )
     return model.forward
+
+
+def _refusal(model: nn.Module) -> str:
+    return (
+        f"capture: cache=True was asked for {type(model).__name__}, which is no causal language model of transformers with a "
+        "key-value cache; capture one (AutoModelForCausalLM), or write a forward that takes the cache's tensors and returns the new "
+        "ones"
+    )
 
 
 def empty_past(model: nn.Module, batch: int, length: int = 0) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -105,7 +110,9 @@ def empty_past(model: nn.Module, batch: int, length: int = 0) -> tuple[tuple[Ten
     device = next(model.parameters()).device
     with torch.no_grad():
         ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        result = model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    if not cache.layers or not isinstance(getattr(result, "logits", None), Tensor):
+        raise CaptureError(_refusal(model))
     made = []
     for layer in cache.layers:
         if not isinstance(getattr(layer, "keys", None), Tensor) or layer.keys.dim() != 4:
@@ -203,6 +210,12 @@ def empty_cache(decoder: Mapping[str, Any], batch: int) -> tuple[tuple[Tensor, T
     -------
     tuple of (key, value)
         For each layer, (batch, heads, 0, features).
+
+    Examples
+    --------
+    >>> [(key, value)] = empty_cache({"dtype": "float32", "cache": [[2, 16, 16]]}, batch=3)
+    >>> key.shape
+    torch.Size([3, 2, 0, 16])
     """
     dtype = getattr(torch, decoder["dtype"])
     return tuple(

@@ -237,6 +237,10 @@ def optimize(
         bool,
         typer.Option("--cache", help="A decoder with its key-value cache as inputs and outputs, for recast generate."),
     ] = False,
+    accuracy_level: Annotated[
+        int | None,
+        typer.Option("--accuracy-level", help="Of --target onnx: 0 exact, 4 rounds what 4-bit weights meet to int8."),
+    ] = None,
     genai: Annotated[
         bool, typer.Option("--genai", help="With --cache: write genai_config.json for onnxruntime-genai too.")
     ] = False,
@@ -267,6 +271,7 @@ def optimize(
         allow_slower=allow_slower,
         cache=cache,
         genai=genai,
+        accuracy_level=accuracy_level,
     )
     report = optimize_model(request, _say)
     if as_json:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from recast.data import is_statistics, read_batches
 from recast.lowering.agreement import agree
@@ -52,6 +53,16 @@ class Request:
     allow_slower: bool = False
     cache: bool = False
     genai: bool = False
+    accuracy_level: int | None = None
+
+    def lowering_options(self) -> dict[str, Any]:
+        """Options of the target that were given."""
+        if self.genai and not self.cache:
+            raise TargetError("optimize: --genai is for decoders with their cache; it goes with --cache")
+        if self.target != "onnx" and (self.genai or self.accuracy_level is not None):
+            raise TargetError("optimize: --genai and --accuracy-level are of the target onnx; add -t onnx")
+        found: dict[str, Any] = {"genai": True} if self.genai else {}
+        return found if self.accuracy_level is None else {**found, "accuracy_level": self.accuracy_level}
 
     def counts(self) -> list[int] | None:
         """Numbers of tokens to time forms with, None for no timing."""
@@ -91,9 +102,8 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
             raise ArtifactError(
                 f"optimize: '{beside}' cannot be written: a file in a folder you may write to is needed"
             )
-    lowering_named(request.target)
-    if request.genai and (request.target != "onnx" or not request.cache):
-        raise TargetError("optimize: --genai is for decoders in ONNX; it goes with --cache and --target onnx")
+    kind, options = lowering_named(request.target), request.lowering_options()
+    kind(**options)  # a value that the target does not take is refused before the work
     if request.plan is not None and (request.recipe is not None or request.budget is not None):
         raise RecipeError("optimize: --plan says what to do already; leave --recipe and --budget out, or --plan")
     recipe, counts = request.asked(), request.counts()
@@ -135,7 +145,7 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
         if paying is not ready:
             rewritten = rewrite(program, paying, calibration=statistics, cache=cache, jobs=request.jobs)
     say(f"lowering to {request.target}")
-    artifact = lower(rewritten, request.target, **({"genai": True} if request.genai else {}))
+    artifact = lower(rewritten, request.target, **options)
     say(f"running it on {request.target}, beside the eager program")
     artifact.report = agree(artifact, statistics)
     artifact.beside = model.tokenizer_files() if request.cache else []

@@ -80,13 +80,13 @@ def test_one_graph_computes_prompt_and_single_tokens() -> None:
     with torch.no_grad():
         wanted = model(tokens).logits
     whole = artifact(tokens, torch.ones_like(tokens), empty_past(model, 3))
-    assert_close(whole["logits"], wanted)
+    assert_close(whole["logits"], wanted, terms=64)
     held, parts = empty_past(model, 3), []
     for start, end in [(0, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 9)]:
         result = artifact(tokens[:, start:end], torch.ones(3, end, dtype=torch.int64), held)
         held = result["present"]
         parts.append(result["logits"])
-    assert_close(torch.cat(parts, 1), wanted)
+    assert_close(torch.cat(parts, 1), wanted, terms=64)
     assert [tuple(t.shape) for pair in held for t in pair] == [(3, 2, 9, 16)] * 4
 
 
@@ -96,7 +96,7 @@ def test_several_tokens_after_others_are_for_one_text_at_a_time() -> None:
     first = artifact(tokens[:, :4], torch.ones(1, 4, dtype=torch.int64), empty_past(model, 1))
     rest = artifact(tokens[:, 4:], torch.ones(1, 9, dtype=torch.int64), first["present"])
     with torch.no_grad():
-        assert_close(rest["logits"], model(tokens).logits[:, 4:])
+        assert_close(rest["logits"], model(tokens).logits[:, 4:], terms=64)
     with pytest.raises(TargetError, match="batch_size must be 1"):
         artifact(ids(2, 5), torch.ones(2, 9, dtype=torch.int64), empty_past(model, 2, 4))
 
