@@ -130,6 +130,7 @@ def refuse_slower(
         if known[key].slower:
             parts = (name for name in plan.entries if name.startswith(f"{site}.") and name not in sites)
             names = [site] if site in plan.entries else list(parts)
+            names += [row.name for row in rewritten.report.rows if row.same_as == site and row.name in plan.entries]
             reason = f"slower than dense on '{target}': {known[key]}; allow_slower overrides"
             refused.update((name, Skip(name, f"{plan.entries[name].form} is {reason}")) for name in names)
     if not refused:

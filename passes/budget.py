@@ -18,10 +18,10 @@ def pays(entry: Entry) -> bool:
     return entry.bytes_after < entry.bytes_before or entry.flops_after < entry.flops_before
 
 
-def would_not_pay(entry: Entry) -> str:
-    """Say why a form that does not pay is left out."""
+def would_not_pay(entry: Entry, which: str = "") -> str:
+    """Say why a form that does not pay is left out; `which` adds for whom."""
     return (
-        f"{entry.form} would not pay: {entry.bytes_after:,} bytes and {entry.flops_after:,} operations a token, dense "
+        f"{entry.form} would not pay{which}: {entry.bytes_after:,} bytes and {entry.flops_after:,} operations a token, dense "
         f"takes {entry.bytes_before:,} and {entry.flops_before:,}; allow_larger overrides"
     )
 

@@ -94,6 +94,7 @@ class OperatorCache:
         self.directory = directory
         self.memory: dict[str, list[Fitted]] = {}
         self.held: dict[tuple[object, ...], tuple[list[StorageWeakRef], tuple[int, ...], list[Fitted]]] = {}
+        self.copies: dict[tuple[object, ...], tuple[StorageWeakRef, int, Tensor]] = {}
         self.fits = 0
         self.hits = 0
         self._counting = threading.Lock()  # sites may be fitted side by side
@@ -163,6 +164,34 @@ class OperatorCache:
         references = [StorageWeakRef(s) for matrix in matrices for s in matrix.storages]  # type: ignore[no-untyped-call]
         self.held[identity] = (references, version, found)
         return found
+
+    def slices(self, weight: Tensor, numbers: Sequence[int], *, where: str) -> Tensor:
+        """Some slices of a weight along its first dimension, copied once and held as long as the weight is in memory.
+
+        Programs that are made of one model have them in common, and later ones when the weight was released.
+
+        Raises
+        ------
+        WeightError
+            The weight was released before they were ever copied.
+        """
+        storage = weight.untyped_storage()
+        identity = (storage._cdata, weight.storage_offset(), tuple(weight.shape), weight.stride(), tuple(numbers))
+        version = 0 if weight.is_inference() else weight._version
+        released = storage.nbytes() == 0 and weight.numel() > 0
+        if identity in self.copies:
+            reference, known, copied = self.copies[identity]
+            if not reference.expired() and (version == known or released):  # type: ignore[no-untyped-call]
+                return copied
+        if released:
+            raise WeightError(
+                f"the dense weight '{where}' was released before the matrices in it that stay dense were copied; "
+                "load the model again"
+            )
+        copied = weight.detach()[list(numbers)]
+        self.copies = {key: held for key, held in self.copies.items() if not held[0].expired()}  # type: ignore[no-untyped-call]
+        self.copies[identity] = (StorageWeakRef(storage), version, copied)  # type: ignore[no-untyped-call]
+        return copied
 
     def _count(self, *, fits: int = 0, hits: int = 0) -> None:
         with self._counting:

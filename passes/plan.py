@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -15,6 +15,7 @@ from recast.passes.calibration import Calibration
 from recast.passes.decided import Entry, Plan, Skip
 from recast.passes.follow import root_of
 from recast.passes.forms.form import Form
+from recast.passes.forms.operator import Operator, identity_of
 from recast.passes.forms.scaled import ScaledInputs
 from recast.passes.forms.shared import divided, groups_of
 from recast.passes.forms.stats import Stats
@@ -22,6 +23,7 @@ from recast.passes.left_dense import outside_blocks
 from recast.passes.modules.apply import choose
 from recast.passes.parallel import check_jobs, mapped
 from recast.passes.recipe import Recipe, name_matches
+from recast.passes.remains import Kept, remains_of
 from recast.patterns.constants import Constants
 from recast.patterns.errors import CoverageError, FormError, PlanError, nearest
 from recast.patterns.find import coverage
@@ -37,7 +39,9 @@ __all__ = [
     "decide",
     "fitted_apart",
     "forms_by_name",
+    "kept_beside",
     "measured_entries",
+    "operations",
     "plan",
     "targets_of",
 ]
@@ -146,12 +150,15 @@ def plan(
         together, mapped(measured, together, jobs=jobs, label="fitting", progress=progress), strict=True
     ):
         options.update(zip(names, found, strict=True))
-    chosen = decide(options, targets, asked, ruled)
+    chosen = decide(options, targets, asked, ruled, together)
     for name, entry in chosen.items():
         if isinstance(entry, Skip):
             skipped.append(entry)
         else:
             entries[name] = entry
+    kept = kept_beside(entries, targets, sites, constants)
+    for name, nbytes in kept.nbytes.items():
+        entries[name] = dataclasses.replace(entries[name], bytes_after=entries[name].bytes_after + nbytes)
     remade = {linear: block for block, linears in smaller.parts.items() for linear in linears}
     skipped, inner = outside_blocks(skipped, remade, sites, wanted)
     seen = {name: targets[name].stats for name in entries}
@@ -170,7 +177,7 @@ def plan(
         coverage=covered.fraction,
         notes=[
             *_idle(asked, sites, smaller.names),
-            *_kept(sites, entries),
+            *kept.notes,
             *inner,
             *_notes(seen),
             *_unseen(entries, seen),
@@ -269,17 +276,17 @@ def _idle(recipe: Recipe, sites: list[LinearSite], blocks: tuple[str, ...]) -> l
     ]
 
 
-def _kept(sites: list[LinearSite], entries: Mapping[str, Entry]) -> list[str]:
-    """Tied weights that are rewritten all the same: what shares them keeps the dense one."""
-    return [
-        f"tied: {', '.join(site.tied)} still needs the dense weight of {site.name}, which is kept beside the rewritten one"
-        for site in sites
-        if site.tied and any(name in entries for name in (site.name, *(f"{site.name}.{p.name}" for p in site.parts)))
-    ]
-
-
 def _is_dense(form: Form) -> bool:
     return str(form) == "dense"
+
+
+def kept_beside(
+    names: Iterable[str], targets: Mapping[str, Target], sites: list[LinearSite], constants: Constants
+) -> Kept:
+    """Dense weights that stay beside what is rewritten of them, when these names are."""
+    planned = {name: targets[name].matrix.nbytes for name in names}
+    remains = remains_of(sites, {targets[name].site.name for name in planned}, constants)
+    return Kept.of(remains, sites, planned)
 
 
 def fitted_apart(
@@ -323,9 +330,10 @@ def measured_entries(names: list[str], form: Form, targets: dict[str, Target], c
     matrices, stats = [member.matrix for member in members], [member.stats for member in members]
     fits = cache.fit_together(matrices, form, stats, where=names)
     found = []
-    for target, fitted, nbytes in zip(members, fits, divided([f.operator for f in fits]), strict=True):
-        # A rewritten expert is computed on every row, not only on those that are sent to it: of E experts, one row in E.
-        rows = max((use.routing.count for use in target.site.uses if use.routing is not None), default=1)
+    operators = [fitted.operator for fitted in fits]
+    for target, fitted, nbytes, flops in zip(
+        members, fits, divided(operators), operations(members, operators), strict=True
+    ):
         matrix = target.matrix
         found.append(
             Entry(
@@ -334,7 +342,7 @@ def measured_entries(names: list[str], form: Form, targets: dict[str, Target], c
                 bytes_before=matrix.nbytes,
                 bytes_after=nbytes,
                 flops_before=2 * matrix.shape[0] * matrix.shape[1],
-                flops_after=fitted.operator.cost(1).flops * rows,
+                flops_after=flops,
                 predicted_error=fitted.predicted_error,
                 predicted_weight_error=fitted.weight_error,
             )
@@ -342,15 +350,55 @@ def measured_entries(names: list[str], form: Form, targets: dict[str, Target], c
     return found
 
 
+def operations(
+    members: Sequence[Target], operators: Sequence[Operator], rows: Mapping[str, int] | None = None
+) -> list[int]:
+    """Operations a token of each site of a group that is fitted together.
+
+    A rewritten expert is computed on every row, not only on those that are sent to it: of E experts, one row in E. Experts that
+    read the same rows and hold the same operator are computed once for all of them, and each counts for its part.
+
+    Parameters
+    ----------
+    members, operators
+        Sites, and what was fitted to each.
+    rows
+        How many rows it is computed on for one that is sent to it, by name of the site; by default as the program is written.
+    """
+    held = [(member.site.uses[0].x, identity_of(operator)) for member, operator in zip(members, operators, strict=True)]
+    found = []
+    for member, operator, key in zip(members, operators, held, strict=True):
+        if rows is None:
+            each = max((use.routing.count for use in member.site.uses if use.routing is not None), default=1)
+        else:
+            each = rows.get(member.site.name, 1)
+        found.append(-(-operator.cost(1).flops * each // (held.count(key) if each > 1 else 1)))
+    return found
+
+
 def decide(
-    options: dict[str, list[Entry]], targets: dict[str, Target], recipe: Recipe, ruled: Collection[str] = ()
+    options: dict[str, list[Entry]],
+    targets: dict[str, Target],
+    recipe: Recipe,
+    ruled: Collection[str] = (),
+    together: Sequence[Sequence[str]] = (),
 ) -> dict[str, Entry | Skip]:
-    """One form of each site, or why it stays dense: by the budget but for what rules name, or the first option where that pays."""
+    """One form of each site, or why it stays dense: by the budget but for what rules name, or the first option where that pays.
+
+    Sites that hold something in common stand or fall together; `together` has the groups that were fitted at once.
+    """
     if recipe.budget is not None:
         dense = {name: targets[name].matrix.nbytes for name in options}
         tokens = {name: stats.tokens if (stats := targets[name].stats) is not None else 0 for name in options}
         return under_budget(options, dense, tokens, ruled, recipe)
-    return {
-        name: entry if recipe.allow_larger or pays(entry) else Skip(name, would_not_pay(entry))
-        for name, (entry, *_) in options.items()
-    }
+    groups = [group for group in together if options[group[0]][0].form.shared_part is not None]
+    group_of = {name: group for group in groups for name in group}
+    chosen: dict[str, Entry | Skip] = {}
+    for name, (entry, *_) in options.items():
+        group = [options[other][0] for other in group_of.get(name, [name])]
+        fields = ("bytes_before", "bytes_after", "flops_before", "flops_after")
+        whole = dataclasses.replace(entry, **{key: sum(getattr(other, key) for other in group) for key in fields})
+        which = f" for the {len(group)} matrices that share it" if len(group) > 1 else ""
+        good = recipe.allow_larger or pays(whole)
+        chosen[name] = entry if good else Skip(name, would_not_pay(whole, which))
+    return chosen

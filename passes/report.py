@@ -40,6 +40,8 @@ class SiteRow:
         What the target runs it with; filled by lowering.
     parts
         For a block, the linears that were made anew: smaller ones, of which there may be rows besides.
+    same_as
+        The site whose operator is computed for this one too: experts that share a matrix.
     """
 
     name: str
@@ -55,6 +57,7 @@ class SiteRow:
     spectrum: tuple[float, ...] = ()
     kernel: str = "torch"
     parts: tuple[str, ...] = ()
+    same_as: str = ""
 
     @staticmethod
     def of(entry: Entry, matrix: Matrix, fitted: Fitted, *, pictures: bool) -> SiteRow:
@@ -157,7 +160,7 @@ class Report:
 
     def on(self, target: str, kernels: dict[str, str]) -> Report:
         """The same report for a target, with the kernel that each site got."""
-        rows = [dataclasses.replace(r, kernel=_kernel(r.name, kernels)) for r in self.rows]
+        rows = [dataclasses.replace(r, kernel=_kernel(r.same_as or r.name, kernels)) for r in self.rows]
         return dataclasses.replace(self, rows=rows, target=target)
 
     @staticmethod

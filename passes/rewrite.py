@@ -18,7 +18,7 @@ from recast.passes.left_dense import left_dense
 from recast.passes.modules.apply import is_module, make_smaller
 from recast.passes.parallel import check_jobs
 from recast.passes.plan import Plan
-from recast.passes.report import Report, fidelity
+from recast.passes.report import Report, SiteRow, fidelity
 from recast.passes.verify import inputs_of
 from recast.patterns.errors import PlanError, nearest
 from recast.patterns.find import coverage
@@ -126,16 +126,17 @@ def rewrite(
     smaller = context.notes.get("blocks")
     remade = {linear for linears in smaller.parts.values() for linear in linears} if smaller is not None else set()
     current.plan = plan
+    rows = [*context.notes.get("apply_modules", []), *context.notes.get("apply_forms", [])]
     current.report = Report(
         model=program.label,
-        rows=[*context.notes.get("apply_modules", []), *context.notes.get("apply_forms", [])],
+        rows=rows,
         skipped=left_dense(plan.skipped, plan.entries, remade, sites),
         bytes_before=program.nbytes(),
         bytes_after=current.nbytes(),
         coverage=coverage(program).to_dict(),
         whole=_whole(program, current, context) if passes and measure else {},
         passes=passes,
-        notes=[*program.notes, *plan.notes],
+        notes=list(dict.fromkeys([*program.notes, *plan.notes, *_beside(program, current, rows, context)])),
     )
     return current
 
@@ -177,6 +178,32 @@ def _check(program: Program, plan: Plan, calibration: Calibration | None) -> lis
             "recast.rewrite(program, plan, calibration=recast.Calibration.load(path)), or remove the line 'statistics'"
         )
     return linears
+
+
+def _beside(before: Program, after: Program, rows: list[SiteRow], context: Context) -> list[str]:
+    """What is held that the figures of sites do not tell: dense weights that stay, and anything else."""
+    kept = context.notes.get("kept")
+    notes = [] if kept is None else list(kept.notes)
+    promised = before.nbytes() + sum(row.bytes_after - row.bytes_before for row in rows)
+    over = after.nbytes() - promised
+    if over <= 0:
+        return notes
+    modules = {
+        str(n.target): after.module.get_submodule(str(n.target)) for n in after.graph.find_nodes(op="call_module")
+    }
+    causes = [
+        f"{order.nbytes:,} for the order of the rows of {module.site}"
+        for module in modules.values()
+        if isinstance(order := getattr(module, "order", None), Tensor)
+    ]
+    if context.plan.compute_dtype is not None:
+        causes.append(f"weights in {context.plan.compute_dtype}")
+    if not causes:
+        causes.append(
+            "sites count their matrices as they are multiplied, and a weight may hold several or be cast first"
+        )
+    notes.append(f"bytes: {over:,} more are held than the sites' figures add up to: {'; '.join(causes)}")
+    return notes
 
 
 def _whole(before: Program, after: Program, context: Context) -> dict[str, dict[str, float]]:

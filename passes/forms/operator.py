@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -29,6 +29,7 @@ __all__ = [
     "dtype_from_name",
     "dtype_name",
     "holds",
+    "identity_of",
     "stripped",
 ]
 
@@ -239,6 +240,16 @@ def common_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if other != name:
             found[name] = other
     return found
+
+
+def identity_of(operator: Operator) -> Hashable:
+    """Equal for operators of one structure that hold the very same tensors: they compute the same."""
+    children = tuple((name, identity_of(child)) for name, child in operator.children().items())
+    own = tuple(
+        (name, t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), tuple(t.stride()), t.dtype)
+        for name, t in operator.own_tensors().items()
+    )
+    return type(operator), repr(sorted(operator.fields().items())), own, children
 
 
 def below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

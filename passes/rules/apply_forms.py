@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections.abc import Hashable
 from typing import ClassVar
 
 import torch
@@ -14,12 +15,12 @@ from recast.passes.base import Context, Pass, Soundness
 from recast.passes.cache import Fitted
 from recast.passes.dead import remove_dead
 from recast.passes.forms.algebra import RowStack
-from recast.passes.forms.operator import Dense, Operator
+from recast.passes.forms.operator import Dense, Operator, identity_of
 from recast.passes.forms.shared import divided
 from recast.passes.meta import propagate
 from recast.passes.module import OperatorModule
 from recast.passes.parallel import mapped
-from recast.passes.plan import Target, fitted_apart, targets_of
+from recast.passes.plan import Target, fitted_apart, operations, targets_of
 from recast.passes.progress import track
 from recast.passes.report import SiteRow
 from recast.patterns.constants import Constants
@@ -66,13 +67,26 @@ class ApplyForms(Pass):
             mapped(fit, apart, jobs=context.jobs, label="fitting", progress=context.progress)
         rows: list[SiteRow] = []
         taken: set[str] = set()
+        position = {node: i for i, node in enumerate(result.graph.nodes)}
+        calls: dict[Hashable, tuple[int, str, fx.Node]] = {}
+        visits = {
+            name: nodes[0].meta["recast_rows"] for name, nodes in marked.items() if "recast_rows" in nodes[0].meta
+        }
         for name, nodes in track(list(marked.items()), "rewriting", context.progress):
-            operator, form, order = _operator(name, targets, together, context, rows)
+            operator, form, order = _operator(name, targets, together, context, rows, visits)
             module = OperatorModule(operator, name, form, order)
             path = _free_path(name, taken)
             set_by_path(result.module, path, module)
             for node in nodes:
-                put_module(result, node, path)
+                key = (node.args, identity_of(operator), name if order is not None else "")
+                at, first, call = calls.get(key, (len(position), "", node))
+                if at < position[node]:  # experts that share a matrix: it is multiplied once
+                    node.replace_all_uses_with(call)
+                    result.graph.erase_node(node)
+                    if len(nodes) == 1:
+                        rows[-1] = dataclasses.replace(rows[-1], same_as=first)
+                else:
+                    calls[key] = position[node], name, put_module(result, node, path)
         remove_dead(result.graph)  # weights that nothing reads any more
         propagate(result)
         result.graph.lint()
@@ -89,26 +103,32 @@ def _free_path(name: str, taken: set[str]) -> str:
     return f"recast_operators.{path}"
 
 
-def put_module(program: Program, node: fx.Node, path: str) -> None:
-    """Put a call of the module at a path in place of a linear."""
+def put_module(program: Program, node: fx.Node, path: str) -> fx.Node:
+    """Put a call of the module at a path in place of a linear, and give it."""
     bias = node.args[2] if len(node.args) > 2 else None
     with program.graph.inserting_before(node):
         call = program.graph.call_module(path, (node.args[0],) if bias is None else (node.args[0], bias))
     call.meta = {k: v for k, v in node.meta.items() if k != "val"}
     node.replace_all_uses_with(call)
     program.graph.erase_node(node)
+    return call
 
 
 def _operator(
-    name: str, targets: dict[str, Target], together: dict[str, list[str]], context: Context, rows: list[SiteRow]
+    name: str,
+    targets: dict[str, Target],
+    together: dict[str, list[str]],
+    context: Context,
+    rows: list[SiteRow],
+    visits: dict[str, int],
 ) -> tuple[Operator, str, Tensor | None]:
     """Fit a site as a whole, or its parts each in its own form.
 
-    `together` has the sites that each one is fitted with.
+    `together` has the sites that each one is fitted with, `visits` how many rows an expert is computed on for one sent to it.
     """
 
     def fit(target: Target) -> Operator:
-        return _fit(target, [targets[other] for other in together[target.name]], context, rows)
+        return _fit(target, [targets[other] for other in together[target.name]], context, rows, visits)
 
     entries = context.plan.entries
     whole = targets[name]
@@ -136,16 +156,20 @@ def _order(target: Target) -> Tensor | None:
     return None if bool((order == torch.arange(len(order))).all()) else order
 
 
-def _fit(target: Target, members: list[Target], context: Context, rows: list[SiteRow]) -> Operator:
+def _fit(
+    target: Target, members: list[Target], context: Context, rows: list[SiteRow], visits: dict[str, int]
+) -> Operator:
     entry = context.plan.entries[target.name]
     fits = _fits(members, context)
     position = members.index(target)
     fitted = fits[position]
     row = SiteRow.of(entry, target.matrix, fitted, pictures=context.pictures)
-    row = dataclasses.replace(row, bytes_after=divided([f.operator for f in fits])[position])
-    if target.site.tied:  # what else reads the weight keeps it: the operator comes on top
-        row = dataclasses.replace(row, bytes_after=row.bytes_after + row.bytes_before)
-    rows.append(row)
+    kept = context.notes.get("kept")  # what else reads the weight keeps it: the operator comes on top
+    beside = 0 if kept is None else kept.nbytes.get(target.name, 0)
+    operators = [f.operator for f in fits]
+    nbytes = divided(operators)[position] + beside
+    flops = operations(members, operators, visits)[position]
+    rows.append(dataclasses.replace(row, bytes_after=nbytes, flops_after=flops))
     return fitted.operator
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
 from torch import fx
 
 from recast.passes.base import Context, Pass, Soundness
-from recast.passes.dead import remove_dead
-from recast.passes.meta import propagate
-from recast.patterns.linear.find import find_linear
+from recast.passes.exact import Edit
+from recast.passes.plan import targets_of
+from recast.passes.remains import Kept, Remains, path_of, remains_of, runs_of
+from recast.patterns.derivation import Derivation
 from recast.patterns.program import Program
 from recast.patterns.sites import Use
 
@@ -25,10 +27,15 @@ aten = torch.ops.aten
 class RaiseSites(Pass):
     """``y = contraction(x, W) + b  ->  y = arrange'(linear(arrange(x), matrix(W), b))`` at every planned site.
 
-    Each linear that stands for a planned site is marked with ``node.meta["recast_site"]``. Where the model decides which
+    Each linear that stands for a planned site is marked with ``node.meta["recast_site"]``, and with ``recast_rows`` if it is
+    computed on more rows than are sent to it. Where the model decides which
     expert's matrix a row meets, every planned expert is computed on all rows, and a row keeps what its own expert gave:
     ``y = where(number == e, linear(x, W_e), y)``. That is right for any routing and needs no shapes that depend on it, but for E
     experts it takes E times the arithmetic of the routed product.
+
+    Matrices that stay dense beside planned ones of the same parameter move to a smaller one of their own, so that the large one
+    goes; a routed product then runs over those alone. Rows of planned experts pass through it with another's matrix, and what
+    that gives is thrown away. Where it cannot be done the parameter stays, which plan and report note.
     """
 
     name: ClassVar[str] = "raise_sites"
@@ -37,44 +44,92 @@ class RaiseSites(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Raise the sites that the context's plan speaks of."""
-        result = program.copy()
-        sites, _ = find_linear(result)
+        edit = Edit(program, self.name)
+        names = context.plan.entries
         planned = {
             site.name
-            for site in sites
-            if site.name in context.plan.entries
-            or any(f"{site.name}.{p.name}" in context.plan.entries for p in site.parts)
+            for site in edit.sites
+            if site.name in names or any(f"{site.name}.{p.name}" in names for p in site.parts)
         }
+        left = remains_of(edit.sites, planned, edit.constants)
+        targets = targets_of(edit.sites, edit.constants, None)
+        context.notes["kept"] = Kept.of(
+            left, edit.sites, {name: targets[name].matrix.nbytes for name in names if name in targets}
+        )
+        rests = {found.weight: _rest(edit, found, context) for found in left if found.numbers and not found.reason}
         products: dict[fx.Node, list[tuple[str, Use]]] = {}
-        for site in sites:
+        for site in edit.sites:
             for use in site.uses:
                 products.setdefault(use.product, []).append((site.name, use))
         raised = 0
         # Backwards: a product may read another, whose node is gone once it is raised.
-        place = {node: i for i, node in enumerate(result.graph.nodes)}
-        for uses in sorted(products.values(), key=lambda uses: -place[uses[0][1].node]):
+        for uses in sorted(products.values(), key=lambda uses: -edit.position[uses[0][1].node]):
             if any(name in planned for name, _ in uses):
-                raised += _raise(result.graph, uses, planned)
-        remove_dead(result.graph)
-        propagate(result)
-        result.graph.lint()
-        result.module.recompile()
+                raised += _raise(edit.graph, uses, planned, rests)
+        result = edit.finish()
         context.notes[self.name] = f"{raised} products raised"
         return result
 
 
-def _raise(graph: fx.Graph, uses: list[tuple[str, Use]], planned: set[str]) -> int:
+@dataclasses.dataclass(frozen=True)
+class _Rest:
+    """The matrices of a parameter that stay dense, as a parameter of their own.
+
+    Parameters
+    ----------
+    insert
+        Inserts a value of it.
+    numbers
+        Which of the old one's they are.
+    """
+
+    insert: Callable[[], fx.Node]
+    numbers: tuple[int, ...]
+
+    def of(self, graph: fx.Graph, weight: fx.Node) -> fx.Node:
+        """Insert what takes the place of a stack made of the old parameter."""
+        _, *steps = path_of(weight)
+        node = self.insert()
+        for step in steps:
+            source = node
+            node = graph.node_copy(step, lambda _, source=source: source)  # type: ignore[misc]
+            node.meta.pop("val", None)
+        return node
+
+
+def _rest(edit: Edit, left: Remains, context: Context) -> _Rest:
+    """Make the smaller parameter, and let products that pick their matrices by number pick them there."""
+    held = edit.weights[left.weight]
+    formula = Derivation.weight(left.weight, held.shape).rows(*runs_of(left.numbers))
+    edit.values[formula] = context.cache.slices(held, left.numbers, where=left.weight)
+    rest = _Rest(lambda: edit.weight(f"{left.weight}_rest", formula, held), left.numbers)
+    for pick, numbers in left.picks.items():
+        start = left.numbers.index(numbers.start)
+        with edit.graph.inserting_before(pick):
+            if pick.target is aten.slice.Tensor:
+                new = edit.graph.call_function(aten.slice.Tensor, (rest.insert(), 0, start, start + len(numbers)))
+            else:
+                new = edit.graph.call_function(aten.select.int, (rest.insert(), 0, start))
+        edit.replace(pick, new)
+    return rest
+
+
+def _raise(graph: fx.Graph, uses: list[tuple[str, Use]], planned: set[str], rests: Mapping[str, _Rest]) -> int:
     name, first = uses[0]
+    rest = rests.get(str(path[0].target)) if (path := path_of(first.weight)) else None
+    if all(site in planned for site, _ in uses):
+        rest = None
     if first.product.target is aten.linear.default and first.node is first.product and first.addend is None:
         first.product.meta["recast_site"] = name
         return 1
     if first.routing is not None:
-        return _raise_routed(graph, uses, planned)
+        return _raise_routed(graph, uses, planned, rest)
     contraction = first.contraction
     sizes = dict(zip(contraction.w, first.weight_shape, strict=True))
     origin = {k: v for k, v in first.node.meta.items() if k != "val"}
     with graph.inserting_before(first.node):
         results = []
+        others = None if rest is None else rest.of(graph, first.weight)
         for site, use in uses:
             x = first.x
             if paired := contraction.paired:
@@ -84,7 +139,13 @@ def _raise(graph: fx.Graph, uses: list[tuple[str, Use]], planned: set[str]) -> i
                     x = graph.call_function(aten.flatten.using_ints, (x, 0, len(paired) - 1))
                 x = graph.call_function(aten.select.int, (x, 0, use.index))
             x = contraction.emit_input(graph, x, contraction.batch)
-            linear = graph.call_function(aten.linear.default, (x, _matrix(graph, use), use.bias))
+            if rest is not None and others is not None and site not in planned:
+                shape = (len(rest.numbers), *use.weight_shape[1:])
+                number = rest.numbers.index(use.index or 0)
+                matrix = _matrix(graph, dataclasses.replace(use, weight=others, weight_shape=shape, index=number))
+            else:
+                matrix = _matrix(graph, use)
+            linear = graph.call_function(aten.linear.default, (x, matrix, use.bias))
             linear.meta = dict(origin)
             if site in planned:
                 linear.meta["recast_site"] = site
@@ -99,7 +160,7 @@ def _raise(graph: fx.Graph, uses: list[tuple[str, Use]], planned: set[str]) -> i
     return len(uses)
 
 
-def _raise_routed(graph: fx.Graph, uses: list[tuple[str, Use]], planned: set[str]) -> int:
+def _raise_routed(graph: fx.Graph, uses: list[tuple[str, Use]], planned: set[str], rest: _Rest | None) -> int:
     """Spell a product with experts as a linear for each planned one; the others stay in the product as it was written."""
     first = uses[0][1]
     routing, contraction = first.routing, first.contraction
@@ -110,11 +171,11 @@ def _raise_routed(graph: fx.Graph, uses: list[tuple[str, Use]], planned: set[str
     with graph.inserting_before(first.node):
         numbers = _numbers(graph, first)
         x = contraction.emit_input(graph, first.x)
-        y = graph.node_copy(first.product) if len(chosen) < len(uses) else None
+        y = _among_others(graph, first, rest) if len(chosen) < len(uses) else None
         among = y is not None  # the product as it was written adds its addend itself
         for site, use in chosen:
             linear = graph.call_function(aten.linear.default, (x, _matrix(graph, use), use.bias))
-            linear.meta = {**origin, "recast_site": site}
+            linear.meta = {**origin, "recast_site": site, "recast_rows": routing.count}
             own = contraction.emit_output(graph, linear, sizes)
             for i, letter in enumerate(routing.y):
                 if letter not in contraction.y:
@@ -132,6 +193,32 @@ def _raise_routed(graph: fx.Graph, uses: list[tuple[str, Use]], planned: set[str
     first.node.replace_all_uses_with(y)
     graph.erase_node(first.node)
     return len(chosen)
+
+
+def _among_others(graph: fx.Graph, use: Use, rest: _Rest | None) -> fx.Node:
+    """The product as it was written, over the matrices that stay; rows that meet none of them meet any."""
+    if rest is None:
+        return graph.node_copy(use.product)
+    routing = use.routing
+    assert routing is not None
+    runs = runs_of(rest.numbers)
+    index: fx.Node
+    if routing.kind == "grouped":  # rows between the runs of two that stay belong to the second's run
+        ends = [graph.call_function(aten.slice.Tensor, (routing.index, 0, start, stop)) for start, stop in runs]
+        index = ends[0] if len(ends) == 1 else graph.call_function(aten.cat.default, (ends,))
+    else:
+        index = number = graph.call_function(aten.remainder.Scalar, (routing.index, routing.count))
+        # Each number less those below it that go; of a matrix that goes itself, the next one's.
+        starts, stops = [0, *(stop for _, stop in runs)], [*(start for start, _ in runs), routing.count]
+        for start, stop in ((a, b) for a, b in zip(starts, stops, strict=True) if a < b):
+            beyond = graph.call_function(aten.sub.Tensor, (number, start))
+            gone = graph.call_function(aten.clamp.default, (beyond, 0, stop - start))
+            index = graph.call_function(aten.sub.Tensor, (index, gone))
+        index = graph.call_function(aten.clamp.default, (index, 0, len(rest.numbers) - 1))
+    now = {use.weight: rest.of(graph, use.weight), routing.index: index}
+    for node in routing.nodes:
+        now[node] = graph.node_copy(node, lambda n: now.get(n, n))
+    return graph.node_copy(use.product, lambda n: now.get(n, n))
 
 
 def _numbers(graph: fx.Graph, use: Use) -> fx.Node:
@@ -162,7 +249,7 @@ def _matrix(graph: fx.Graph, use: Use) -> fx.Node:
     sizes = dict(zip(contraction.w, use.weight_shape, strict=True))
     if use.routing is not None:
         node = graph.call_function(aten.select.int, (node, 0, use.index))
-    elif tuple(node.meta["val"].shape) != use.weight_shape:
+    elif "val" in node.meta and tuple(node.meta["val"].shape) != use.weight_shape:
         node = graph.call_function(aten.reshape.default, (node, list(use.weight_shape)))
     order = contraction.matrix_order()
     if order != sorted(order):
