@@ -5,6 +5,7 @@ They are compiled by the compiler that Inductor needs as well, without any heade
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -107,6 +108,7 @@ def load_library(source: Path, folder: Path | None) -> ctypes.CDLL:
 @functools.cache
 def _own_folder() -> Path:
     place = tempfile.TemporaryDirectory(prefix="recast-native-")
+    atexit.register(place.cleanup)  # or its finaliser would warn
     _own_folder.place = place  # type: ignore[attr-defined]  # removed with the process
     return Path(place.name)
 

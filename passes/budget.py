@@ -45,6 +45,7 @@ def under_budget(
     options: Mapping[str, Sequence[Entry]],
     dense: Mapping[str, int],
     tokens: Mapping[str, int],
+    beside: Mapping[str, int],
     ruled: Collection[str],
     recipe: Recipe,
 ) -> dict[str, Entry | Skip]:
@@ -56,6 +57,8 @@ def under_budget(
         What each site may become, besides dense.
     dense, tokens
         Bytes of each dense matrix, and how many vectors it was seen to multiply.
+    beside
+        Bytes that stay whatever a site becomes, since something else reads its weight.
     ruled
         Sites whose only option is what a rule says: their bytes count, the budget does not choose.
     recipe
@@ -72,7 +75,7 @@ def under_budget(
     rows: dict[str, list[Entry | None]] = {}
     for name, entries in paying.items():
         rows[name] = [entries[0] if entries else None] if name in ruled else [None, *entries]
-    costs = {n: [dense[n] if e is None else e.bytes_after for e in row] for n, row in rows.items()}
+    costs = {n: [dense[n] if e is None else e.bytes_after + beside.get(n, 0) for e in row] for n, row in rows.items()}
     # An expert that few tokens visit adds little to what is lost, but for one that none did something must be taken.
     most = max(tokens.values(), default=0)
     errors = [

@@ -390,7 +390,9 @@ def decide(
     if recipe.budget is not None:
         dense = {name: targets[name].matrix.nbytes for name in options}
         tokens = {name: stats.tokens if (stats := targets[name].stats) is not None else 0 for name in options}
-        return under_budget(options, dense, tokens, ruled, recipe)
+        # What else reads a tied weight keeps it: whatever the site takes comes on top.
+        beside = {name: dense[name] for name in options if targets[name].site.tied}
+        return under_budget(options, dense, tokens, beside, ruled, recipe)
     groups = [group for group in together if options[group[0]][0].form.shared_part is not None]
     group_of = {name: group for group in groups for name in group}
     chosen: dict[str, Entry | Skip] = {}
