@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from recast.kernels.kept import cache_directory
 from recast.passes.errors_of import measured_errors, predicted_errors
 from recast.passes.forms.form import Form, NamedForm, check_matrix
-from recast.passes.forms.operator import Operator, below, common_tensors
+from recast.passes.forms.operator import Operator, below, common_tensors, settled
 from recast.passes.forms.stats import Stats
 from recast.passes.unfinished import kept_in, read_whole, write_whole
 from recast.patterns.errors import RecastError, WeightError
@@ -77,6 +77,18 @@ class Fitted:
         if aim is not weight:
             weight_error = predicted_errors(weight, operator, None)[0]
         return Fitted(operator, weight_error, predicted, measured_errors(aim, operator, stats))
+
+
+def _settled(operators: Sequence[Operator]) -> list[Operator]:
+    """The same operators with their tensors as a later run reads them from disk, what several hold in common still held once."""
+    held = {f"{i}.{name}": t for i, operator in enumerate(operators) for name, t in operator.tensors().items()}
+    laid = settled(held)
+    return [
+        operator.with_tensors(below(laid, str(i)))
+        if any(laid[f"{i}.{n}"] is not t for n, t in operator.tensors().items())
+        else operator
+        for i, operator in enumerate(operators)
+    ]
 
 
 class OperatorCache:
@@ -154,7 +166,7 @@ class OperatorCache:
         found = self.memory.get(key) or self._read(key)
         if found is None:
             with kept_in(self.directory / "unfinished" / key if self.directory else None):
-                operators = form.fit_together(weights, seen, where=where)
+                operators = _settled(form.fit_together(weights, seen, where=where))
             found = [Fitted.of(w, o, s) for w, o, s in zip(weights, operators, stats, strict=True)]
             self._count(fits=len(found))
             self._write(key, found)
@@ -215,8 +227,8 @@ class OperatorCache:
             return None  # not there, or damaged on disk: fit again
         tensors, facts = held
         try:
-            for name, other in facts["common"].items():
-                tensors[name] = tensors[other]
+            tensors = settled(tensors)
+            tensors |= {name: tensors[other] for name, other in facts["common"].items()}
             return [
                 Fitted(Operator.from_config(config, below(tensors, str(i))), *errors)
                 for i, (config, errors) in enumerate(facts["operators"])

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from recast.passes.dialect import inline_dialect
-from recast.passes.forms.operator import Operator, common_tensors
+from recast.passes.forms.operator import ALIGNMENT, Operator, common_tensors
 from recast.passes.meta import propagate
 from recast.passes.module import OperatorModule
 from recast.passes.spec import decode_spec, encode_spec
@@ -30,8 +30,6 @@ _NAMED: dict[str, dict[str, Any]] = {
     "layout": {str(v): v for v in vars(torch).values() if isinstance(v, torch.layout)},
     "memory_format": {str(v): v for v in vars(torch).values() if isinstance(v, torch.memory_format)},
 }
-_ALIGNMENT = 64  # bytes; what torch aligns its own memory to, and matrix libraries look at
-
 # Arithmetic on sizes. Modules are not opened as a whole: `operator` alone can fetch any attribute and call it.
 _ARITHMETIC = frozenset(
     {
@@ -57,7 +55,7 @@ def program_to(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     def keep(name: str, tensor: Tensor) -> None:
         tensors[name] = tensor
-        layouts[name] = {"stride": list(tensor.stride()), "offset": tensor.data_ptr() % _ALIGNMENT}
+        layouts[name] = {"stride": list(tensor.stride()), "offset": tensor.data_ptr() % ALIGNMENT}
 
     nodes = []
     for node in program.graph.nodes:
@@ -318,11 +316,11 @@ def _laid_out(tensor: Tensor, layout: dict[str, Any]) -> Tensor:
     extent = (
         1 + sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True)) if tensor.numel() else 0
     )
-    if extent > tensor.numel() + _ALIGNMENT or extent < 0:  # overlapping or sparse: nothing a matrix product would see
+    if extent > tensor.numel() + ALIGNMENT or extent < 0:  # overlapping or sparse: nothing a matrix product would see
         return tensor.clone()
-    spare = _ALIGNMENT // tensor.element_size()
+    spare = ALIGNMENT // tensor.element_size()
     memory = torch.empty(extent + (spare if offset else 0), dtype=tensor.dtype)
-    start = (offset - memory.data_ptr()) % _ALIGNMENT // tensor.element_size()
+    start = (offset - memory.data_ptr()) % ALIGNMENT // tensor.element_size()
     held = memory.as_strided(tensor.shape, stride, start if offset else 0)
     held.copy_(tensor)
     return held

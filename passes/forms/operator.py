@@ -20,6 +20,7 @@ from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError, nearest
 
 __all__ = [
+    "ALIGNMENT",
     "Cost",
     "Dense",
     "Operator",
@@ -30,8 +31,11 @@ __all__ = [
     "dtype_name",
     "holds",
     "identity_of",
+    "settled",
     "stripped",
 ]
+
+ALIGNMENT = 64  # bytes; what torch aligns its own memory to, and matrix libraries look at
 
 Refit = Callable[["Dense", str, "Stats | None"], "Operator"]
 Self = TypeVar("Self", bound="Operator")
@@ -250,6 +254,32 @@ def identity_of(operator: Operator) -> Hashable:
         for name, t in operator.own_tensors().items()
     )
     return type(operator), repr(sorted(operator.fields().items())), own, children
+
+
+def settled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors laid out in memory row by row from an aligned place on, as torch makes new ones; common ones stay common.
+
+    Whether they come from a fit (views, transposed factors) or from a file then makes no difference: not to what is computed with
+    them, in which layouts and alignments round differently, and not to how they are described.
+
+    Examples
+    --------
+    >>> import torch
+    >>> factor = torch.ones(3, 5).T
+    >>> factor.stride(), settled({"left": factor})["left"].stride()
+    ((1, 5), (3, 1))
+    """
+    common = common_tensors(tensors)
+    made = {name: _settled(tensor) for name, tensor in tensors.items() if name not in common}
+    return {name: made[common.get(name, name)] for name in tensors}
+
+
+def _settled(tensor: Tensor) -> Tensor:
+    # An axis of length one may have any stride in a contiguous tensor, so that asking for contiguity is not enough.
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").stride()
+    if tensor.stride() == plain and tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
 
 
 def below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

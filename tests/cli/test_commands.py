@@ -117,6 +117,20 @@ def test_optimize_leaves_dense_what_is_slower(cli: Cli, here: Path, monkeypatch:
     assert len(every.json["sites"]) == 2
 
 
+@pytest.mark.parametrize("form", ["int8", "int4 + low_rank(4)"])
+def test_the_same_command_writes_the_same_bytes(
+    cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Whether fits are new or were kept on disk."""
+    monkeypatch.setenv("RECAST_CACHE", str(here / "anew"))
+    written = []
+    for folder in ("a", "b"):
+        done = cli("optimize", "little:make", "-r", form, "-c", "x.safetensors", "-t", "eager", "-o", folder)
+        assert done.status == 0, done.err
+        written.append({p.name: p.read_bytes() for p in (here / folder).iterdir()})
+    assert [n for n in written[0].keys() | written[1].keys() if written[0].get(n) != written[1].get(n)] == []
+
+
 def test_optimize_in_order(cli: Cli, here: Path) -> None:
     asked = ("optimize", "little:keyword", "-r", "low_rank(4)", "-t", "eager")
     first = cli(

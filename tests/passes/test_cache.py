@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recast.passes.cache import OperatorCache, cache_directory
 from recast.passes.forms.form import Form
+from recast.passes.forms.operator import Operator, common_tensors
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import WeightError
 from recast.patterns.linear.find import Matrix
@@ -197,3 +198,41 @@ def test_where_files_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.delenv("RECAST_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_directory() == tmp_path / "recast"
+
+
+@pytest.mark.parametrize("shape", [(60, 63), (1, 63), (63, 1)])
+@pytest.mark.parametrize(
+    "form", ["int8", "low_rank(rank=1)", "low_rank(rank=1) | int8", "int8 + low_rank(rank=1)", "dense"]
+)
+def test_what_comes_from_disk_lies_in_memory_as_what_was_fitted(
+    tmp_path: Path, shape: tuple[int, int], form: str
+) -> None:
+    """Other strides or another alignment are rounded differently, and would be written to an artifact."""
+
+    def layouts(operator: Operator) -> dict[str, tuple[Any, ...]]:
+        return {n: (tuple(t.shape), t.stride(), t.data_ptr() % 64) for n, t in operator.tensors().items()}
+
+    memory = torch.randn(shape[0] * shape[1] + 1)
+    weight = memory[1:].reshape(shape)  # four bytes behind an aligned place
+    x = torch.randn(5, shape[1])
+    found = []
+    for folder in (tmp_path, tmp_path, None):
+        fitted = OperatorCache(folder).fit(matrix(weight), Form.parse(form), None)
+        found.append((layouts(fitted.operator), fitted.operator.nbytes, fitted.operator.apply(x).tolist()))
+    assert found[0] == found[1] == found[2]
+    assert all(at == 0 for _, _, at in found[0][0].values())
+
+
+def test_what_several_hold_in_common_stays_common(tmp_path: Path) -> None:
+    weights = [torch.randn(24, 32), torch.randn(24, 32)]
+    form = Form.parse("shared_atoms(2, group=2)")
+    found = [
+        OperatorCache(folder).fit_together([matrix(w) for w in weights], form, [None, None])
+        for folder in (tmp_path, tmp_path, None)
+    ]
+    held = []
+    for fits in found:
+        tensors = {f"{i}.{n}": t for i, fit in enumerate(fits) for n, t in fit.operator.tensors().items()}
+        held.append(common_tensors(tensors))
+    assert held[0] == held[1] == held[2]
+    assert held[0]
