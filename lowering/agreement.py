@@ -45,8 +45,11 @@ def agree(artifact: Artifact, calibration: Calibration | None = None) -> Report:
     """
     program, report = artifact.program, artifact.report
     probe = calibration.probe if calibration is not None and calibration.probe else probe_inputs(program)
-    if program.decoder is not None:  # several tokens after others are for one text at a time (GroupQueryAttention)
+    if program.decoder is not None:
+        # GroupQueryAttention takes several tokens after others for one text at a time, and leaves open what padding gives.
         probe = [leaf[:1] if isinstance(leaf, Tensor) else leaf for leaf in probe]
+        place = [node.target for node in program.inputs()].index("attention_mask")
+        probe[place] = torch.ones_like(probe[place])
     with torch.no_grad():
         wanted = program.module(*[v.clone() if isinstance(v, Tensor) else v for v in probe])
         found = artifact.runner(list(probe))

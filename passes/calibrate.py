@@ -272,6 +272,7 @@ def _leaves(program: Program, batch: Any, number: int) -> list[Any]:
             raise CalibrationError(
                 f"calibration: batch {number} holds NaN or infinite values; leave it out or repair it"
             )
-        if isinstance(leaf, Tensor) and leaf.numel() == 0:
+        beginning = program.decoder is not None and isinstance(leaf, Tensor) and leaf.dim() == 4 and leaf.shape[2] == 0
+        if isinstance(leaf, Tensor) and leaf.numel() == 0 and not beginning:  # a decoder's cache begins empty
             raise CalibrationError(f"calibration: batch {number} is empty (shape {tuple(leaf.shape)}); leave it out")
     return leaves

@@ -106,6 +106,8 @@ def tokenized(
             raise ModelError(f"data: the tokenizer in '{folder}' cannot be loaded: {error}") from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if inputs is None and model.decoder is not None:
+            tokenizer.padding_side = "right"  # where GroupQueryAttention takes it
         batches = []
         for start in range(0, len(texts), size):
             rows = list(texts[start : start + size])

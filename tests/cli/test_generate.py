@@ -73,6 +73,18 @@ def test_files_of_the_tokenizer_and_genai_lie_beside(decoder: Path) -> None:
     assert json.loads((decoder / "genai_config.json").read_text())["model"]["type"] == "llama"
 
 
+def test_texts_calibrate_it_and_compare_it(decoder: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    (tmp_path / "lines.txt").write_text("def main(self):\nreturn self.name\nimport os, sys\n" * 2, encoding="utf-8")
+    options = ("-r", "int4(group=32)", "--cache", "-t", "onnx", "-c", tmp_path / "lines.txt")
+    made_ = cli("optimize", LLAMA, "-o", tmp_path / "fitted", *options, "--json")
+    assert made_.status == 0, made_.err
+    assert all(site["measured_error"] is not None for site in made_.json["sites"])
+    rows = cli("compare", decoder, tmp_path / "fitted", "--on", tmp_path / "lines.txt", "--rounds", 1, "--json").json[
+        "rows"
+    ]
+    assert [row.get("error") for row in rows] == [None, None]
+
+
 def test_a_model_without_tokenizer_takes_ids(tmp_path: Path, cli: Callable[..., Any]) -> None:
     exported("Llama").save(tmp_path / "out")
     prompt = ids(5).tolist()
