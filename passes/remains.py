@@ -142,15 +142,17 @@ def _picked(node: fx.Node, parameter: fx.Node, shape: tuple[int, ...]) -> range 
     count = shape[0]
     source = args[0] if args else None
     if node.target is operator.getitem and isinstance(source, fx.Node) and source.target is aten.unbind.int:
-        along = source.args[1] if len(source.args) > 1 else 0
-        if source.args[0] is not parameter or along != 0:
+        along: Any = source.args[1] if len(source.args) > 1 else 0
+        if source.args[0] is not parameter or along % len(shape) != 0:
             return None
         return range(args[1] % count, args[1] % count + 1)
-    if source is not parameter or len(args) < 2 or args[1] % len(shape) != 0:
+    if source is not parameter or node.target not in (aten.select.int, aten.slice.Tensor):
+        return None
+    if len(args) > 1 and args[1] % len(shape) != 0:
         return None
     if node.target is aten.select.int:
         return range(args[2] % count, args[2] % count + 1)
-    if node.target is aten.slice.Tensor and (len(args) < 5 or args[4] == 1):
+    if len(args) < 5 or args[4] == 1:
         ends = [
             0 if len(args) < 3 or args[2] is None else args[2],
             count if len(args) < 4 or args[3] is None else args[3],

@@ -11,8 +11,9 @@ from torch import Tensor, fx
 
 from recast.passes.cache import OperatorCache
 from recast.passes.calibration import Calibration
+from recast.passes.decide import decide
 from recast.passes.forms.stats import all_finite
-from recast.passes.plan import Skip, Target, decide, forms_by_name, measured_entries, targets_of
+from recast.passes.plan import Skip, Target, forms_by_name, measured_entries, targets_of
 from recast.passes.progress import track
 from recast.passes.recipe import Recipe
 from recast.passes.running import RunningStats

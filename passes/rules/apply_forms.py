@@ -53,8 +53,9 @@ class ApplyForms(Pass):
         targets: dict[str, Target] = {}
         for name, nodes in marked.items():
             site, use = by_node[nodes[0]]
-            # Names may shift once spelled as linear; the mark holds the name that the plan speaks of.
-            site = dataclasses.replace(site, name=name, uses=(use,))
+            # Names may shift once spelled as linear, and what takes the result apart may be out of sight behind the choice of
+            # an expert; the marks hold the name and the parts that the plan speaks of.
+            site = dataclasses.replace(site, name=name, uses=(use,), parts=nodes[0].meta["recast_parts"])
             targets.update(targets_of([site], constants, context.calibration))
         forms = {name: entry.form for name, entry in context.plan.entries.items() if name in targets}
         apart = fitted_apart(forms, targets, context.calibration)
@@ -78,7 +79,7 @@ class ApplyForms(Pass):
             path = _free_path(name, taken)
             set_by_path(result.module, path, module)
             for node in nodes:
-                key = (node.args, identity_of(operator), name if order is not None else "")
+                key = (node.args[0], node.args[2:], identity_of(operator), name if order is not None else "")
                 at, first, call = calls.get(key, (len(position), "", node))
                 if at < position[node]:  # experts that share a matrix: it is multiplied once
                     node.replace_all_uses_with(call)

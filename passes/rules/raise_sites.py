@@ -27,8 +27,8 @@ aten = torch.ops.aten
 class RaiseSites(Pass):
     """``y = contraction(x, W) + b  ->  y = arrange'(linear(arrange(x), matrix(W), b))`` at every planned site.
 
-    Each linear that stands for a planned site is marked with ``node.meta["recast_site"]``, and with ``recast_rows`` if it is
-    computed on more rows than are sent to it. Where the model decides which
+    Each linear that stands for a planned site is marked with its name and parts, ``node.meta["recast_site"]`` and ``recast_parts``, and
+    with ``recast_rows`` if it is computed on more rows than are sent to it. Where the model decides which
     expert's matrix a row meets, every planned expert is computed on all rows, and a row keeps what its own expert gave:
     ``y = where(number == e, linear(x, W_e), y)``. That is right for any routing and needs no shapes that depend on it, but for E
     experts it takes E times the arithmetic of the routed product.
@@ -66,6 +66,10 @@ class RaiseSites(Pass):
         for uses in sorted(products.values(), key=lambda uses: -edit.position[uses[0][1].node]):
             if any(name in planned for name, _ in uses):
                 raised += _raise(edit.graph, uses, planned, rests)
+        parts = {site.name: site.parts for site in edit.sites}
+        for node in edit.graph.nodes:
+            if (name := node.meta.get("recast_site")) is not None:
+                node.meta["recast_parts"] = parts[name]
         result = edit.finish()
         context.notes[self.name] = f"{raised} products raised"
         return result
