@@ -325,7 +325,7 @@ def _load(folder: Path, data: dict[str, Any]) -> Artifact:
 
 
 def optimize(
-    model: nn.Module | Program,
+    model: nn.Module | Program | str | os.PathLike[str],
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
     *,

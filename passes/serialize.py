@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 import re
@@ -196,6 +197,8 @@ def _target(text: str) -> Callable[..., Any]:
     """Operation of a name: an overload under ``torch.ops``, or plain arithmetic on sizes; nothing else can be named."""
     namespace, _, rest = text.partition(".")
     if text.startswith("torch.ops.") and not _FORBIDDEN.match(text):
+        if text.startswith("torch.ops.recast.onnx_node"):
+            importlib.import_module("recast.patterns.capture.onnx.kept")  # which defines it
         found: Any = torch.ops
         for part in text.removeprefix("torch.ops.").split("."):
             found = getattr(found, part, None)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from recast.patterns.capture.onnx.kept import DONE, described, is_kept
 from recast.patterns.constants import Constants
 from recast.patterns.errors import ModelError, RecastError, nearest
 from recast.patterns.linear.find import find_linear, is_product, product_flops
@@ -125,6 +126,9 @@ def coverage(program: Program) -> Coverage:
     weights = constants.weights
     matched = {name for site in sites for name in site.weights}
     misses = list(mismatches)
+    if any(is_kept(node) for node in program.graph.nodes):
+        named = {node.name: node for node in program.graph.nodes}
+        misses = [_told(miss, named, constants) for miss in mismatches] + _left(program, constants)
     counted = {m.name for m in misses if m.parameters}
     total = sum(weights[name].numel() for name in matched | counted if is_matrix(weights[name]) or name in matched)
     users = _users(program, constants)
@@ -133,6 +137,8 @@ def coverage(program: Program) -> Coverage:
     for name, weight in weights.items():
         if name in matched or name in counted or name in elementwise or not is_matrix(weight):
             continue
+        if (read := users.get(name)) and all(is_kept(node) for node in read):
+            continue  # those are misses themselves
         miss, multiplied = _other_use(name, users.get(name, []), program, constants)
         misses.append(miss)
         total += weight.numel() if multiplied else 0
@@ -140,6 +146,32 @@ def coverage(program: Program) -> Coverage:
     owned = sum(weights[name].numel() for name in matched) - rests
     flops = sum(product_flops(node) for node in program.graph.nodes if node not in constants)
     return Coverage(total, owned, flops, sum(site.flops for site in sites), recognition.sites, tuple(misses))
+
+
+def _left(program: Program, constants: Constants) -> list[Mismatch]:
+    """ONNX operators that stay as they are, those that read a matrix or that nothing here knows."""
+    found = []
+    for node in program.graph.nodes:
+        if not is_kept(node):
+            continue
+        operator, reason = described(node)
+        held = [n for n in node.all_input_nodes if n in constants and n.meta["val"].ndim > 1]
+        if held or reason != DONE:
+            name = constants.sources[held[0]][0] if held else node.name
+            said = f"the ONNX operator {operator} is left as it is: {reason}"
+            found.append(Mismatch(name, "kept", 0, said, node.name, source_line(node)))
+    return found
+
+
+def _told(miss: Mismatch, named: dict[str, fx.Node], constants: Constants) -> Mismatch:
+    """The same, with the reason why an operand is computed if it is a matrix that is quantized already."""
+    node = named.get(miss.node) if miss.kind == "product" else None
+    for operand in node.all_input_nodes if node is not None else ():
+        while operand.op == "call_function" and len(operand.all_input_nodes) == 1 and not is_kept(operand):
+            (operand,) = operand.all_input_nodes
+        if is_kept(operand) and all(n in constants for n in operand.all_input_nodes) and described(operand)[1] == DONE:
+            return dataclasses.replace(miss, reason=f"its matrix comes from {described(operand)[0]}: {DONE}")
+    return miss
 
 
 def _check(program: object, what: str) -> None:

@@ -14,6 +14,8 @@ from recast.lowering.onnx.export import check, export, input_names, output_kinds
 from recast.lowering.onnx.fuse import fuse
 from recast.lowering.onnx.genai import genai_config
 from recast.lowering.onnx.grouped import group_attention
+from recast.lowering.onnx.guards import drop_guards
+from recast.lowering.onnx.kept import write_kept
 from recast.lowering.onnx.kernels import kernels
 from recast.lowering.onnx.session import load_session, needed, runner
 from recast.passes.module import OperatorModule
@@ -91,6 +93,8 @@ class OnnxRuntime(Lowering):
         self.installed()
         check(program)
         inlined, self._kernels = inline_operators(program, kernels(self.accuracy_level))
+        write_kept(inlined, self.opset)
+        drop_guards(inlined)
         self.decoder = self._group(inlined)
         fuse(inlined)
         self.inputs, self.outputs = input_names(inlined), output_kinds(inlined)

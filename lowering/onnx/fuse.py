@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from recast.lowering.onnx.weights import contrib
 from recast.patterns.program import Program
 
-__all__ = ["fuse", "named", "splice"]
+__all__ = ["finite_mask", "fuse", "named", "splice"]
 
 aten = torch.ops.aten
 _SYMBOLIC = torch.ops.onnx_symbolic._symbolic.default
@@ -84,7 +84,7 @@ def _attention(program: Program, node: fx.Node, masks: dict[fx.Node, tuple[fx.No
         if mask.meta["val"].dtype not in (torch.bool, torch.float32):
             return
         if mask not in masks:
-            masks[mask] = _mask(program, mask)
+            masks[mask] = finite_mask(program, mask)
         operands += masks[mask]
 
     def run(q: Tensor, k: Tensor, v: Tensor, *added: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def _attention(program: Program, node: fx.Node, masks: dict[fx.Node, tuple[fx.No
     program.graph.erase_node(node)
 
 
-def _mask(program: Program, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
+def finite_mask(program: Program, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
     """What is added to scores, and 0 for rows that see nothing, whose result torch defines as zero, else 1."""
     lowest = torch.finfo(torch.float32).min
 

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import io
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 
 def capture(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
@@ -47,9 +48,10 @@ def capture(
     Parameters
     ----------
     model
-        Any `torch.nn.Module` that `torch.export` can trace (``strict=False``).
+        Any `torch.nn.Module` that `torch.export` can trace (``strict=False``), or the path of an ``.onnx`` file.
     args, kwargs
-        Example inputs: tensors, or nested tuples, lists, dicts of tensors; flags and ``None`` are kept as constants.
+        Example inputs: tensors, or nested tuples, lists, dicts of tensors; flags and ``None`` are kept as constants. For an ONNX file
+        they are made from the types and names of its inputs if none are given.
     dynamic_shapes
         As `torch.export.export` takes it. By default every batch and sequence dimension that can vary is left free
         (an example batch of 1 is doubled for tracing, since `torch.export` would fix a size of 1).
@@ -73,6 +75,8 @@ def capture(
     ------
     CaptureError
         The model cannot be traced as one graph; the message says which operation, where, and what to try.
+    ModelError
+        An ONNX file is missing, damaged, too old, or reads weights from outside its folder.
 
     Examples
     --------
@@ -84,6 +88,10 @@ def capture(
     if isinstance(args, Tensor) or not isinstance(args, tuple | list):
         args = (args,)
     args, kwargs = tuple(args), dict(kwargs or {})
+    if isinstance(model, str | os.PathLike):
+        from recast.patterns.capture.onnx.program import capture_file  # it calls this function
+
+        return capture_file(model, args, kwargs, dynamic_shapes, check=check)
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"capture: a torch.nn.Module is needed, {type(model).__name__} was given; wrap the function in a module"

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from recast.patterns.errors import CoverageError, RecastError
+from recast.patterns.errors import CaptureError, CoverageError, RecastError, TargetError
 
 __all__ = ["app", "main"]
 
@@ -160,17 +160,23 @@ def inspect(
     from recast.patterns.find import coverage
 
     loaded = load_model(model)
+    listed: dict[str, Any] = {}
     if loaded.kind == "onnx":
-        from recast.onnx_file import inspect_onnx
+        from recast.onnx_file import described, inspect_onnx
 
-        data, text = inspect_onnx(Path(model))
-        _print_json(data) if as_json else _out().print(text)
-        return
+        listed, text = inspect_onnx(Path(model))
+        try:
+            loaded.program()
+        except (CaptureError, TargetError) as error:  # what it is made of can be told all the same
+            listed["notes"] = [f"cannot be rewritten: {error}"]
+            _print_json(listed) if as_json else _out().print(Text(f"{text}\n{listed['notes'][0]}"))
+            return
     program = loaded.program()
     covered = coverage(program)
     check_coverage(covered.fraction, min_coverage, covered)
     if as_json:
         found = {"model": loaded.label, **covered.to_dict(), "site_list": [s.to_dict() for s in covered.sites]}
+        found = described(program, listed, found) if listed else found
         _print_json({**found, "notes": list(program.notes)})
         return
     from recast.views import inspection
@@ -198,7 +204,15 @@ def optimize(
         Path | None,
         typer.Option("--calibrate", "-c", help="Real inputs: .txt, .jsonl, .safetensors; or saved statistics."),
     ] = None,
-    target: Annotated[str, typer.Option("--target", "-t", help="eager, inductor or onnx.")] = "inductor",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            help="eager, inductor or onnx. [default: onnx for an .onnx file, else inductor]",
+            show_default=False,
+        ),
+    ] = None,
     budget: Annotated[
         str | None, typer.Option("--budget", help="Share of the dense bytes to use, such as 0.4x or 40%.")
     ] = None,

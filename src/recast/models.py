@@ -23,6 +23,8 @@ from recast.lowering.artifact import Artifact, load
 from recast.passes.module import OperatorModule
 from recast.patterns.capture.decoder import empty_cache
 from recast.patterns.capture.export import capture
+from recast.patterns.capture.onnx.names import identifiers
+from recast.patterns.capture.onnx.read import check_file
 from recast.patterns.errors import ModelError, TargetError
 from recast.patterns.program import Program
 
@@ -86,10 +88,12 @@ class Model:
         The model and example inputs, where there is one to capture.
     directory
         Where its files are; a tokenizer is looked for there.
-    artifact, session
+    artifact
         What runs it otherwise.
     cache
         Whether to capture it with its key-value cache.
+    file
+        Of an ONNX model, run by onnxruntime.
     """
 
     label: str
@@ -101,8 +105,9 @@ class Model:
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     directory: Path | None = None
     artifact: Artifact | None = None
-    session: Any = None
+    file: Path | None = None
     cache: bool = False
+    _session: Any = dataclasses.field(default=None, repr=False)
     _program: Program | None = dataclasses.field(default=None, repr=False)
 
     def program(self) -> Program:
@@ -111,7 +116,7 @@ class Model:
         Raises
         ------
         ModelError
-            It cannot be captured, being an ONNX file or an artifact without a torch program.
+            An ONNX file that is damaged or too old (see `recast.capture`).
         CaptureError
             See `recast.capture`.
         """
@@ -123,10 +128,9 @@ class Model:
                 self._program = self.artifact.program
                 _tell_of_operators(self._program, self.label)
             else:
-                raise ModelError(
-                    f"model: '{self.label}' is an ONNX file, which cannot be rewritten; give the torch model it was "
-                    "made from, as a Hugging Face directory or package.module:function"
-                )
+                assert self.file is not None  # of the four kinds, the one that is left
+                self._program = capture(self.file)
+                self._program.label = self.label
         return self._program
 
     def _captured(self, module: nn.Module) -> Program:
@@ -147,10 +151,23 @@ class Model:
         return [path for path in found if path.is_file()]
 
     @property
+    def session(self) -> Any:
+        """The session of an ONNX file, made once; None for other models.
+
+        Raises
+        ------
+        ModelError
+            onnxruntime cannot load it.
+        """
+        if self._session is None and self.file is not None:
+            self._session = _session(self.file)
+        return self._session
+
+    @property
     def inputs(self) -> list[str]:
         """Names of the inputs, in order, without a decoder's cache."""
-        if self.session is not None:
-            return [node.name for node in self.session.get_inputs()]
+        if self.file is not None:
+            return list(identifiers([node.name for node in self.session.get_inputs()]).values())
         interface = self.artifact.interface if self.artifact is not None else self.program().interface
         return [name for name in (*interface.args, *interface.kwargs) if self.decoder is None or name != _CACHE]
 
@@ -175,6 +192,8 @@ class Model:
 
     def examples(self) -> dict[str, Tensor]:
         """Example values of named tensor inputs, where they are known: they say which dtype is meant."""
+        if self.file is not None:
+            return {str(node.target): _like(node.meta["val"]) for node in self.program().inputs()}
         if self.module is None:
             return {}
         values = dict(zip(self.program().interface.args, self.args, strict=False)) | self.kwargs
@@ -182,8 +201,9 @@ class Model:
 
     def run(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
         """Run on named inputs; give the tensors among the outputs, in order."""
-        if self.session is not None:
-            feeds = {name: batch[name].numpy() for name in self.inputs}
+        if self.file is not None:
+            names = identifiers([node.name for node in self.session.get_inputs()])
+            feeds = {name: batch[plain].numpy() for name, plain in names.items()}
             return [torch.from_numpy(value) for value in self.session.run(None, feeds)]
         with torch.no_grad():
             if self.artifact is not None:
@@ -385,18 +405,31 @@ def _described(error: BaseException) -> str:
 def _from_onnx(path: Path) -> Model:
     if not path.is_file():
         raise ModelError(f"model: there is no file '{path}'; {_choices()}")
+    require("onnxruntime", f"the ONNX file '{path.name}'")
+    check_file(path)
+    stored = path.stat().st_size
+    stored += sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*") if p.name != path.name and p.is_file())
+    folder = path.parent
+    if folder.name == "onnx" and not any((folder / name).is_file() for name in _TOKENIZER):
+        folder = folder.parent  # where others' exporters leave the tokenizer
+    return Model(path.stem, "onnx", "onnxruntime", stored, directory=folder, file=path)
+
+
+def _session(path: Path) -> Any:
     runtime = require("onnxruntime", f"the ONNX file '{path.name}'")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     try:
-        session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no class but this
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"model: ONNX Runtime cannot load '{path}': {first}") from error
-    stored = path.stat().st_size
-    stored += sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*") if p.name != path.name and p.is_file())
-    return Model(path.stem, "onnx", "onnxruntime", stored, directory=path.parent, session=session)
+
+
+def _like(value: Tensor) -> Tensor:
+    """A tensor of the dtype and of as many dimensions."""
+    return torch.zeros([1] * value.ndim, dtype=value.dtype)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from recast.models import require
+from recast.patterns.capture.onnx.program import kept_nodes
 from recast.patterns.errors import ModelError
+from recast.patterns.program import Program
 
-__all__ = ["inspect_onnx"]
+__all__ = ["described", "inspect_onnx"]
 
 # Position of the weight among the inputs of the operators that multiply by one.
 _PRODUCTS = {
@@ -27,6 +29,7 @@ _PRODUCTS = {
     "QAttention": (1,),
     "Attention": (1,),
 }
+_FLOATING = {"MatMul", "Gemm", "Conv", "FusedMatMul", "Attention"}
 _LOOKED_THROUGH = {"DequantizeLinear", "Transpose", "Cast", "Reshape", "Identity"}
 
 
@@ -48,10 +51,13 @@ def inspect_onnx(path: Path) -> tuple[dict[str, Any], str]:
     except Exception as error:  # protobuf raises errors of its own
         raise ModelError(f"model: '{path}' is not an ONNX model: {error}") from error
     constants = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    packed: set[str] = set()  # constants that are unpacked as the graph runs
     for node in model.graph.node:
         operands = [name for name in node.input if name]
         if node.op_type in _LOOKED_THROUGH and operands and operands[0] in constants:
             constants.update(dict.fromkeys(node.output, constants[operands[0]]))
+            if node.op_type == "DequantizeLinear" or operands[0] in packed:
+                packed.update(node.output)
     sites, misses = [], []
     for node in model.graph.node:
         if node.op_type not in _PRODUCTS:
@@ -61,7 +67,14 @@ def inspect_onnx(path: Path) -> tuple[dict[str, Any], str]:
         if weights:
             shape = _shape(node, constants[weights[0]])
             sites.append(
-                {"name": name, "kind": "linear", "weights": weights[:1], "operator": node.op_type, "shape": shape}
+                {
+                    "name": name,
+                    "kind": "linear",
+                    "weights": weights[:1],
+                    "operator": node.op_type,
+                    "shape": shape,
+                    "quantized": node.op_type not in _FLOATING or weights[0] in packed,
+                }
             )
         else:
             reason = "both operands are activations"
@@ -89,6 +102,31 @@ def inspect_onnx(path: Path) -> tuple[dict[str, Any], str]:
         *(f"  miss {m['name']}: {m['node']}, {m['reason']}" for m in misses),
     ]
     return data, "\n".join(lines)
+
+
+def described(program: Program, listed: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What `recast inspect` tells of a program read from a file: the coverage, with what the file has done already.
+
+    Parameters
+    ----------
+    program
+        As captured.
+    listed
+        What `inspect_onnx` gives.
+    found
+        The coverage as a dict, with ``site_list``.
+
+    Returns
+    -------
+    dict
+        Products with matrices that are quantized already count among the sites, marked ``quantized``; ``kept`` lists every ONNX
+        operator that stays as it is, with the reason.
+    """
+    done = [site for site in listed["site_list"] if site["quantized"]]
+    sites = {**found["sites"], "linear": found["sites"]["linear"] + len(done)}
+    kept = [{"node": name, "operator": kind, "reason": why} for name, kind, why in kept_nodes(program)]
+    file = {name: listed[name] for name in ("operators", "inputs", "outputs")}
+    return {**found, **file, "sites": sites, "site_list": [*found["site_list"], *done], "kept": kept}
 
 
 def _shape(node: Any, dims: tuple[int, ...]) -> list[int]:

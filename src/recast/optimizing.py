@@ -38,7 +38,7 @@ class Request:
     out: Path
     recipe: str | None = None
     calibrate: Path | None = None
-    target: str = "inductor"
+    target: str | None = None  # by default onnx for an .onnx file, else inductor
     budget: str | None = None
     min_coverage: float | None = None
     plan: Path | None = None
@@ -102,7 +102,8 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
             raise ArtifactError(
                 f"optimize: '{beside}' cannot be written: a file in a folder you may write to is needed"
             )
-    kind, options = lowering_named(request.target), request.lowering_options()
+    target = request.target or ("onnx" if request.model.endswith(".onnx") else "inductor")
+    kind, options = lowering_named(target), request.lowering_options()
     kind(**options)  # a value that the target does not take is refused before the work
     if request.plan is not None and (request.recipe is not None or request.budget is not None):
         raise RecipeError("optimize: --plan says what to do already; leave --recipe and --budget out, or --plan")
@@ -140,13 +141,13 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
     say("rewriting and verifying")
     rewritten = rewrite(program, ready, calibration=statistics, cache=cache, jobs=request.jobs)
     if counts is not None:
-        say(f"timing forms on {request.target}, beside dense")
-        paying = refuse_slower(rewritten, ready, request.target, counts)
+        say(f"timing forms on {target}, beside dense")
+        paying = refuse_slower(rewritten, ready, target, counts)
         if paying is not ready:
             rewritten = rewrite(program, paying, calibration=statistics, cache=cache, jobs=request.jobs)
-    say(f"lowering to {request.target}")
-    artifact = lower(rewritten, request.target, **options)
-    say(f"running it on {request.target}, beside the eager program")
+    say(f"lowering to {target}")
+    artifact = lower(rewritten, target, **options)
+    say(f"running it on {target}, beside the eager program")
     artifact.report = agree(artifact, statistics)
     artifact.beside = model.tokenizer_files() if request.cache else []
     artifact.save(request.out, force=request.force)
