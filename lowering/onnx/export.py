@@ -37,19 +37,13 @@ class _Flat(nn.Module):
         self.positions, self.results = positions, results
         self.sizes = _same_sizes([program.inputs()[i].meta["val"] for i in positions])
         self.constants = [program.interface.constants.get(i) for i in range(len(program.inputs()))]
-        values: list[Any] = [node.meta.get("val") for node in program.inputs()]
-        self.sizes = [[str(size) for size in values[i].shape] for i in positions]
 
     def forward(self, *tensors: Tensor) -> tuple[Any, ...]:
         for (first, a), (other, b) in self.sizes:
             torch._check(tensors[first].shape[a] == tensors[other].shape[b])  # type: ignore[no-untyped-call]
         leaves = list(self.constants)
-        first: dict[str, Any] = {}
-        for position, tensor, names in zip(self.positions, tensors, self.sizes, strict=True):
+        for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
-            for name, size in zip(names, tensor.shape, strict=True):
-                if not isinstance(size, int):  # sizes of one name in the program are one size in the file
-                    torch._check(size == first.setdefault(name, size))
         found = self.program(*leaves)
         return tuple(found[i] for i in self.results)
 
