@@ -180,11 +180,13 @@ class Form(abc.ABC):
         at = f" at {where}" if where else ""
         try:
             made = self.solve(weight, stats)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise WeightError(_out_of_range(self, weight, at, str(error).splitlines()[0])) from error
         except Exception as error:
             # Of a form from elsewhere: who runs a plan should read which one failed, and at what.
-            if isinstance(error, RecastError) or type(self).__module__.startswith("recast."):
+            if isinstance(error, RecastError):
+                raise
+            if type(self).__module__.startswith("recast."):
+                if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+                    raise WeightError(_out_of_range(self, weight, at, str(error).splitlines()[0])) from error
                 raise
             raise FormError(
                 f"{self}: solve failed{at} on a weight {tuple(weight.shape)} of {weight.dtype}: "
