@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -128,6 +129,13 @@ def calibrate(
     weights = program.weights
     digests = {site.name: tensor_digest(weights[site.weights[0]], sample=4096) for site in sites}
     weighed = importances.means() if importances is not None else {}
+    if unreached := [name for name, (rows, _) in weighed.items() if not bool(rows.any())]:
+        warnings.warn(
+            f"calibration: no gradient of the loss reaches {', '.join(unreached[:5])}{' ...' if unreached[5:] else ''}; "
+            "forms that weigh by it (fwsvd) fit these as without a loss. A loss of all that the model gives would reach them",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     drifted = drifts.means() if drifts is not None else {}
     found = Calibration(program.fingerprint(), groups, members, probe, digests, weighed, drift=drifted)
     if asked is None:

@@ -84,6 +84,27 @@ class Interface:
             )
         return self._leaves(tuple(given[n] for n in self.args), {n: given[n] for n in self.kwargs})
 
+    def leaf_names(self) -> list[str]:
+        """What a caller calls each flat input: the argument's name, with its place where the argument holds several.
+
+        Examples
+        --------
+        >>> import torch, recast
+        >>> class Sum(torch.nn.Module):
+        ...     def forward(self, x, others):
+        ...         return x + others["a"] + others["b"]
+        >>> x = torch.ones(2)
+        >>> recast.capture(Sum(), (x, {"a": x, "b": x})).interface.leaf_names()
+        ['x', "others['a']", "others['b']"]
+        """
+        if self.in_spec.num_children != 2:  # not of `(args, kwargs)`, as in programs made by hand
+            return []
+        found: list[str] = []
+        for names, spec in zip((self.args, self.kwargs), self.in_spec.children(), strict=True):
+            for name, child in zip(names, spec.children(), strict=False):
+                found += _leaf_names(name, child)
+        return found if len(found) == self.in_spec.num_leaves else []
+
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         try:  # by structure: dictionaries may come with their keys in another order
             leaves = self.in_spec.flatten_up_to((args, kwargs))
@@ -104,6 +125,14 @@ class Interface:
                     "capture again with this value"
                 )
         return list(leaves)
+
+
+def _leaf_names(name: str, spec: Any) -> list[str]:
+    if spec.is_leaf():
+        return [name]
+    keys = spec.context if spec.type is dict else range(spec.num_children)
+    parts = zip(keys, spec.children(), strict=True)
+    return [leaf for key, part in parts for leaf in _leaf_names(f"{name}[{key!r}]", part)]
 
 
 def _structure_text(spec: Any) -> str:
@@ -219,26 +248,28 @@ class Program:
 
     def _check(self, leaves: list[Any]) -> None:
         sizes: dict[str, tuple[Any, str]] = {}
-        for node, value in zip(self.inputs(), leaves, strict=True):
+        nodes = self.inputs()
+        names = self.interface.leaf_names() or [node.name for node in nodes]
+        for node, name, value in zip(nodes, names, leaves, strict=True):
             expected = node.meta.get("val")
             if not isinstance(expected, Tensor):
                 continue
             if not isinstance(value, Tensor):
                 kind = type(value).__name__
-                raise TypeError(f"input '{node.name}' must be a tensor like {shape_text(expected)}, not {kind}")
+                raise TypeError(f"input '{name}' must be a tensor like {shape_text(expected)}, not {kind}")
             fits = expected.ndim == value.ndim and expected.dtype == value.dtype
             for wanted, given in zip(expected.shape, value.shape, strict=False):
                 if (fixed := fixed_size(wanted)) is not None:
                     fits = fits and fixed == given
                     continue
-                known, where = sizes.setdefault(str(wanted), (given, node.name))
+                known, where = sizes.setdefault(str(wanted), (given, name))
                 if known != given and isinstance(known, int) and isinstance(given, int):
                     raise TypeError(
-                        f"inputs '{where}' and '{node.name}' share the size {wanted}; {known} and {given} were given"
+                        f"inputs '{where}' and '{name}' share the size {wanted}; {known} and {given} were given"
                     )
             if not fits:
                 raise TypeError(
-                    f"input '{node.name}' was captured as {shape_text(expected)}, a {shape_text(value)} was given; "
+                    f"input '{name}' was captured as {shape_text(expected)}, a {shape_text(value)} was given; "
                     "capture with dynamic_shapes, or with the shapes and dtypes you mean to use"
                 )
 

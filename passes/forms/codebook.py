@@ -265,7 +265,7 @@ def _searched(
 
     Once a group is sorted, a scale's error is a matter of as many look-ups in running sums as there are levels.
     """
-    ordered, places = torch.sort(grouped.double(), -1)
+    ordered, places = (t.contiguous() for t in torch.sort(grouped.double(), -1))
     weights = (
         torch.ones_like(ordered) if importance is None else importance.double().expand_as(ordered).gather(-1, places)
     )
@@ -278,7 +278,7 @@ def _searched(
     best, least, totals = largest, torch.full_like(square, torch.inf), []
     for top in (1.0, *tops):
         scale = (largest * top).double()
-        cuts = torch.searchsorted(ordered, scale.unsqueeze(-1) * between)
+        cuts = torch.searchsorted(ordered, (scale.unsqueeze(-1) * between).contiguous())
         edges = torch.cat([torch.zeros_like(end), cuts, end], -1)
         held, sums = (t.gather(-1, edges).diff(dim=-1) for t in (mass, moment))
         # Of the numbers that one level stands for: sum of w (x - level scale)^2.

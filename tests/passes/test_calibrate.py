@@ -236,3 +236,13 @@ def test_importances_are_squared_gradients(program: Program, batches: list[Tenso
 def test_a_loss_that_is_none_is_refused(program: Program, batches: list[Tensor], loss: Any, says: str) -> None:
     with pytest.raises(CalibrationError, match=says):
         recast.calibrate(program, batches, loss=loss)
+
+
+def test_a_loss_that_does_not_reach_a_weight_is_said(program: Program, batches: list[Tensor]) -> None:
+    with pytest.warns(RuntimeWarning, match=r"no gradient of the loss reaches .*q"):
+        calibration = recast.calibrate(program, batches, loss=lambda output, batch: output.sum() * 0)
+    rows = calibration["q"].row_importance
+    assert rows is not None
+    assert not bool(rows.any())
+    plan = recast.plan(program, {"rules": [{"match": "q", "form": "fwsvd(3)"}], "allow_larger": True}, calibration)
+    assert plan.entries["q"].predicted_error is not None

@@ -116,7 +116,7 @@ def wrong(batch: int = 2, **change: Any) -> tuple[tuple[Any, ...], dict[str, Any
         (wrong(x=torch.zeros(2, 4, 8, dtype=torch.float64)), r"input 'x' was captured as float32\[.*8\], a float64\[2, 4, 8\]"),
         (wrong(x=torch.zeros(2, 4, 7)), r"input 'x' was captured as .*, a float32\[2, 4, 7\] was given; capture with"),
         (wrong(x=torch.zeros(2, 8)), r"input 'x' was captured as"),
-        (wrong(x=torch.zeros(3, 4, 8)), "inputs 'x' and 'pair_0' share the size"),
+        (wrong(x=torch.zeros(3, 4, 8)), r"inputs 'x' and 'pair\[0\]' share the size"),
         (wrong(x=3), "input 'x' must be a tensor like float32"),
         (wrong(x=None), "input 'x' must be a tensor"),
         (wrong(x=...), r"not given: \['x'\]"),
