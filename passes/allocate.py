@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_matrix
 
 __all__ = ["allocate"]
 
@@ -42,6 +40,9 @@ def allocate(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]]
         return None
     count = sum(sizes)
     owner = np.repeat(np.arange(len(sizes)), sizes)
+    from scipy.optimize import Bounds, LinearConstraint, milp  # here: most of a second at the start of every command
+    from scipy.sparse import coo_matrix
+
     once = coo_matrix((np.ones(count), (owner, np.arange(count))), shape=(len(sizes), count))
     flat_costs = np.concatenate([np.asarray(row, dtype=float) for row in costs])
     flat_errors = np.concatenate([np.asarray(row, dtype=float) for row in errors])

@@ -26,12 +26,12 @@ from recast.patterns.errors import RecastError, WeightError
 from recast.patterns.linear.find import Matrix
 from recast.patterns.program import tensor_digest
 
-__all__ = ["Fitted", "OperatorCache", "cache_directory"]
+__all__ = ["Fitted", "OperatorCache", "cache_directory", "sources"]
 
 _VERSION = "3"  # raise it when a fit or a stored layout changes
 
 
-def _sources(form: Form) -> list[str]:
+def sources(form: Form) -> list[str]:
     """Digests of the files that define the forms of other packages named in this one: an edited fit is another fit."""
     known = NamedForm._names
     kinds = [known[name] for name in sorted(set(re.findall(r"[A-Za-z_]\w*", str(form))) & known.keys())]
@@ -141,7 +141,7 @@ class OperatorCache:
         WeightError
             As `fit`.
         """
-        asked = (str(form), *_sources(form), *(s.hash if s else "-" for s in stats))
+        asked = (str(form), *sources(form), *(s.hash if s else "-" for s in stats))
         identity = (*(matrix.place for matrix in matrices), *asked)
         version = tuple(matrix.version for matrix in matrices)
         if identity in self.held:
@@ -214,7 +214,7 @@ class OperatorCache:
     def key(weight: Tensor, form: Form, stats: Stats | None) -> str:
         """Name under which an operator is kept."""
         known = stats.hash if stats else "-"
-        parts = (_VERSION, torch.__version__, tensor_digest(weight), str(form), known, *_sources(form))
+        parts = (_VERSION, torch.__version__, tensor_digest(weight), str(form), known, *sources(form))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _path(self, key: str) -> Path | None:

@@ -13,10 +13,13 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
-# Under xdist the workers share the cores; more threads than cores makes every test slower. Read when torch is imported.
+# Under xdist the workers share the cores; more threads than cores makes every test slower, small ones tenfold. Read when torch
+# is imported. Set, not left as found, in workers: they inherit what the process that starts them settled on for itself.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+THREADS = str(max(1, (os.cpu_count() or 1) // WORKERS))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = THREADS
+os.environ.setdefault("OMP_NUM_THREADS", THREADS)
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest  # noqa: E402

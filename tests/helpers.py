@@ -5,12 +5,16 @@ import math
 import torch
 from torch import Tensor
 
+_FLOAT32 = torch.finfo(torch.float32).eps
+
 
 def assert_close(actual: Tensor, expected: Tensor, *, terms: int = 1, factor: float = 8.0) -> None:
     """Assert that two tensors agree to rounding, given how many terms each of their values is a sum of.
 
     Rounding errors of a sum of `terms` products grow like a random walk: eps · √terms, relative to the size of what is
-    added, for which the largest expected value stands. eps is that of the coarser of the two dtypes.
+    added, for which the largest expected value stands. Sums of coarser numbers than float32 are added up in float32, so there
+    the numbers are rounded a few times only, whatever the terms: eps of the coarser of the two dtypes counts once. A bound
+    that zeros would pass is refused.
     """
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     floating = [t.dtype for t in (actual, expected) if t.dtype.is_floating_point]
@@ -19,7 +23,12 @@ def assert_close(actual: Tensor, expected: Tensor, *, terms: int = 1, factor: fl
     assert bool(torch.isfinite(a).all()), "values that are not finite"
     if a.numel() == 0:
         return
-    tolerance = factor * eps * math.sqrt(max(1, terms)) * float(b.abs().max())
+    once = eps if eps > _FLOAT32 else 0.0
+    relative = factor * (once + min(eps, _FLOAT32) * math.sqrt(max(1, terms)))
+    assert relative < 0.5, (
+        f"a bound of {relative:.2g} of the largest value shows nothing: {terms} terms, factor {factor}"
+    )
+    tolerance = relative * float(b.abs().max())
     gap = float((a - b).abs().max())
     where = int((a - b).abs().argmax())
     assert gap <= tolerance, (

@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from scipy.cluster import hierarchy
 from torch import Tensor
 
 from recast.passes.forms.form import NamedForm
@@ -94,6 +93,8 @@ def _clusters(weights: Sequence[Tensor], gram: Tensor | None, count: int) -> lis
     if gram is not None:
         probes = gram_root(gram.double().cpu()) @ probes
     seen = np.stack([(weight.detach().cpu().double() @ probes).numpy().ravel() for weight in weights])
+    from scipy.cluster import hierarchy  # here: it takes long to import
+
     found: list[int] = hierarchy.fcluster(hierarchy.linkage(seen, "ward"), count, "maxclust").tolist()
     return found
 

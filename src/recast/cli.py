@@ -373,13 +373,18 @@ def _all_ran(rows: list[dict[str, Any]]) -> None:
         raise typer.Exit(2)
 
 
-@app.command("forms", epilog="Example: [bold]recast forms --json[/bold]")
-def list_forms(as_json: JsonOption = False) -> None:
+@app.command("forms", epilog="Example: [bold]recast forms low_rank 'low_rank(0.5) | int8'[/bold]")
+def list_forms(
+    asked: Annotated[
+        list[str] | None, typer.Argument(metavar="[FORM]...", help="Names or expressions; all forms if there are none.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """The weight forms, their parameters, and what each target runs them with on this machine."""
-    from recast.explaining import forms_by_target
+    from recast.listing import forms_by_target
     from recast.views import forms_tables
 
-    rows = forms_by_target()
+    rows = forms_by_target(*asked or ())
     if as_json:
         _print_json({"forms": rows})
         return

@@ -1,4 +1,4 @@
-"""What a place in a model is, the nearest pattern, and why it did not match; and what each target runs a form with."""
+"""What a place in a model is, the nearest pattern, and why it did not match."""
 
 from __future__ import annotations
 
@@ -7,23 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from recast.lowering.artifact import lower
-from recast.lowering.base import lowering_named, lowerings
-from recast.passes.cache import OperatorCache
-from recast.passes.forms import Form, forms
-from recast.passes.forms.registry import module_forms
-from recast.passes.plan import plan
-from recast.passes.recipe import Recipe, Rule
-from recast.passes.rewrite import rewrite
-from recast.patterns.capture.export import capture
-from recast.patterns.errors import FormError, ModelError, RecastError, TargetError
+from recast.passes.forms import forms
+from recast.patterns.errors import FormError, ModelError
 from recast.patterns.find import coverage
 from recast.patterns.program import Program
 from recast.patterns.sites import LinearSite, Mismatch, Site, source_line
 
-__all__ = ["explain", "forms_by_target"]
+__all__ = ["explain"]
 
 
 def explain(program: Program, name: str) -> dict[str, Any]:
@@ -148,78 +140,3 @@ def _forms(shape: tuple[int, int], dtype: torch.dtype) -> list[dict[str, Any]]:
                 row["problem"] = str(error)
             found.append(row)
     return found
-
-
-_COMBINED = ("low_rank(ratio=0.5) | int8", "int4(group=32) + low_rank(rank=16)")
-
-
-class _Branches(nn.Module):
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.form = nn.ModuleList(nn.Linear(64, 64) for _ in range(count))
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [layer(x) for layer in self.form]
-
-
-def forms_by_target() -> list[dict[str, Any]]:
-    """Every form with its parameters and what each target runs it with, found by lowering a small model."""
-    rows: list[dict[str, Any]] = []
-    unfit: list[dict[str, Any]] = []  # forms that a weight alone is not enough for
-    for name, kind in (forms() | module_forms()).items():
-        parameters = [{"name": p.name, "type": p.type, "default": p.default, "help": p.help} for p in kind.parameters()]
-        example = next((str(form) for form in kind.examples((64, 64))), None)
-        rows.append({"name": name, "summary": kind.summary, "parameters": parameters, "example": example or name})
-        if example is None:
-            block = kind.site_kind != "linear"
-            why = "smaller dense matrices" if block else "not tried: needs calibration with a loss"
-            unfit.append(rows.pop() | {"targets": dict.fromkeys(lowerings(), why)})
-    combined: list[dict[str, Any]] = [
-        {"name": "", "summary": "an expression", "parameters": [], "example": text} for text in _COMBINED
-    ]
-    rows += [row for row in combined if _reads(row["example"])]
-    texts = [row["example"] for row in rows]
-    cache = OperatorCache(None)
-    rewritten = _branches(texts, cache)
-    found = [_kernels(texts, rewritten, target, cache) for target in lowerings()]
-    for row, *kernels in zip(rows, *found, strict=True):
-        row["targets"] = dict(zip(lowerings(), kernels, strict=True))
-    return sorted(rows + unfit, key=lambda row: (not row["name"], row["name"]))
-
-
-def _branches(texts: list[str], cache: OperatorCache) -> Program:
-    """A program with a matrix in each of several forms."""
-    program = capture(_Branches(len(texts)).eval(), (torch.randn(4, 64),))
-    rules = tuple(Rule(f"form.{i}", Form.parse(text)) for i, text in enumerate(texts))
-    decided = plan(program, Recipe(rules=rules, allow_larger=True), cache=cache, progress=False)
-    return rewrite(program, decided, cache=cache, verification=False, progress=False, pictures=False)
-
-
-def _kernels(texts: list[str], rewritten: Program, target: str, cache: OperatorCache) -> list[str]:
-    """What a target runs each form of such a program with, or why not; of one that is not here, what it would."""
-    kind = lowering_named(target)
-    try:
-        kind.installed()
-    except TargetError as error:
-        known = kind().kernels(rewritten)
-        otherwise = "dense" if known else f"not here: {str(error).partition(';')[0]}"
-        return [known.get(f"form.{i}", otherwise) for i in range(len(texts))]
-    try:
-        report = lower(rewritten, target).report
-    except RecastError as error:
-        # A form that the target does not take is looked for by halves, and the others are told as they are.
-        half = len(texts) // 2
-        if half and not isinstance(error.__cause__, ImportError):
-            parts = (texts[:half], texts[half:])
-            return [kernel for part in parts for kernel in _kernels(part, _branches(part, cache), target, cache)]
-        return [f"not here: {str(error).partition(';')[0]}"] * len(texts)
-    kernels = {row.name: row.kernel for row in report.rows}
-    return [kernels.get(f"form.{i}", "dense") for i in range(len(texts))]
-
-
-def _reads(text: str) -> bool:
-    try:
-        Form.parse(text)
-    except FormError:
-        return False
-    return True

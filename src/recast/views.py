@@ -127,8 +127,11 @@ def forms_tables(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
         listed.append((row["name"], row["summary"], parameters))
     targets = list(rows[0]["targets"]) if rows else []
     runs = [(row["example"], *(row["targets"][t] for t in targets)) for row in rows]
-    return [
+    of_forms = [
         table("Forms", ["form", "what it is", "parameters"], listed),
         Text("Forms combine: A + B is a sum, A @ B a product, A | B fits B to what A made."),
+    ]
+    return [
+        *(of_forms if listed else ()),
         table("What runs them here", ["form", *targets], runs),
     ]

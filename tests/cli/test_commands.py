@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import recast
+from recast import listing
 from recast.lowering import pays
 from tests.cli.conftest import Done
 
@@ -70,13 +71,33 @@ def test_explain_says_what_a_place_is(cli: Cli, here: Path) -> None:
     assert "did you mean 'down'" in unknown.err
 
 
-def test_forms_lists_parameters_and_kernels(cli: Cli) -> None:
-    forms = cli("forms", "--json").json["forms"]
-    by_name = {f["name"]: f for f in forms if f["name"]}
-    assert {"dense", "int8", "int4", "low_rank", "block_diagonal"} <= by_name.keys()
-    assert any(p["name"] == "ratio" for p in by_name["low_rank"]["parameters"])
+def test_forms_lists_parameters_and_kernels(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RECAST_CACHE", str(tmp_path / "kept"))
+    asked = ("low_rank", "fwsvd", "low_rank(rank=4) | int8")
+    forms = cli("forms", *asked, "--json").json["forms"]
+    assert [f["name"] for f in forms] == ["fwsvd", "low_rank", ""]
+    assert any(p["name"] == "ratio" for p in forms[1]["parameters"])
+    assert "loss" in forms[0]["targets"]["eager"]
     assert all(row["targets"]["eager"] for row in forms)
-    assert "low_rank" in cli("forms").out
+
+    def again(*_: Any) -> None:
+        raise AssertionError("lowered again")
+
+    monkeypatch.setattr(listing, "_branches", again)  # what was found is kept
+    shown = cli("forms", *asked).out
+    assert "low_rank" in shown
+    assert "int8" in shown
+    assert cli("forms", *asked, "--json").json["forms"] == forms
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"), [("low_rnk", "low_rank"), ("low_rank(", "low_rank("), ("monarch(blocks=7)", "64")]
+)
+def test_forms_refuses_what_is_none(cli: Cli, asked: str, says: str) -> None:
+    done = cli("forms", asked)
+    assert done.status == 2
+    assert says in done.err
+    assert "Traceback" not in done.err
 
 
 def test_optimize_then_compare_a_function(cli: Cli, here: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import recast
-from recast.explaining import forms_by_target
+from recast.listing import forms_by_target
 from recast.passes.cache import OperatorCache
 from recast.passes.forms import Cost, Dense, Form, NamedForm, Operator, Stats
 from recast.patterns.errors import FormError
