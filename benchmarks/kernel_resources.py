@@ -1,10 +1,11 @@
 """Registers, spills, shared memory and instructions of every Triton kernel in every configuration, without a GPU.
 
-    python -m benchmarks.kernel_resources --json benchmarks/results/kernel_resources.json [--target sm_90] [--only REGEX]
+    python -m benchmarks.kernel_resources --json benchmarks/results/kernel_resources.json --resume [--target sm_90] [--only REGEX]
 
 Kernels are compiled for NVIDIA's sm_80, sm_90 and sm_100 and AMD's gfx942. A configuration is *clean* if nothing spills, shared
 memory fits a block of the device, the matrix unit is used, and the streaming operand comes in 16 bytes a thread.
-Ends with status 1 if one is not.
+Ends with status 1 if one is not. With `--resume` only what is not in the file as its source stands is compiled: the tests hold
+the file to be that of the sources, and compile a few of each target themselves.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 
 def compiled(task: tuple[int, str]) -> dict[str, Any]:
     """Compile one case of the list for one target; in a process of its own."""
-    from recast.kernels.offline import cases, compile_case
+    from recast.kernels.offline import cases, compile_case, digest
 
     index, target = task
     case = list(cases(target))[index]
     row: dict[str, Any] = {"kernel": case.kernel.rpartition(":")[2], "case": case.name, "target": target}
+    row["source"] = digest(case, target)
     try:
         found = compile_case(case, target)
     except Exception as error:  # noqa: BLE001  # a row says what went wrong, whatever it was
@@ -39,13 +42,21 @@ def compiled(task: tuple[int, str]) -> dict[str, Any]:
     return row
 
 
-def run(targets: list[str], only: str, processes: int) -> list[dict[str, Any]]:
-    """All cases whose name matches, for all targets."""
-    from recast.kernels.offline import cases
+def run(targets: list[str], only: str, processes: int, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All cases whose name matches, for all targets; but those that are known are as they were."""
+    from recast.kernels.offline import cases, digest
 
-    tasks = [(i, target) for target in targets for i, case in enumerate(cases(target)) if re.search(only, case.name)]
+    held = {row["source"]: row for row in known if "source" in row}
+    rows: list[Any] = []
+    for target in targets:
+        for i, case in enumerate(cases(target)):
+            if re.search(only, case.name):
+                rows.append(held.get(digest(case, target), (i, target)))
+    tasks = [row for row in rows if isinstance(row, tuple)]
     with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(compiled, tasks))
+        made = pool.map(compiled, tasks)
+        found = dict(zip(tasks, track(made, total=len(tasks), description="compiling"), strict=True))
+    return [found[row] if isinstance(row, tuple) else row for row in rows]
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -79,14 +90,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--target", nargs="+", default=["sm_80", "sm_90", "sm_100", "gfx942"])
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
+    parser.add_argument(
+        "--resume", action="store_true", help="compile only what FILE does not hold as its source stands"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
-    rows = run(given.target, given.only, given.processes)
+    from importlib.metadata import version
+
+    known: list[dict[str, Any]] = []
+    if given.resume and given.json is not None and given.json.is_file():
+        kept = json.loads(given.json.read_text(encoding="utf-8"))
+        known = kept["rows"] if kept["triton"] == version("triton") else []
+    rows = run(given.target, given.only, given.processes, known)
     Console(width=None if sys.stdout.isatty() else 170).print(table(rows))
     if given.json is not None:
-        from importlib.metadata import version
-
         given.json.parent.mkdir(parents=True, exist_ok=True)
         partial = given.json.with_name(given.json.name + ".partial")
         about = {"benchmark": "kernel_resources", "triton": version("triton")}

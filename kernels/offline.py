@@ -6,6 +6,7 @@ the metadata of AMD's assembly.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import pkgutil
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TARGETS", "Case", "Resources", "cases", "compile_case", "compile_offline", "target_named"]
+__all__ = ["TARGETS", "Case", "Resources", "cases", "compile_case", "compile_offline", "digest", "target_named"]
 
 # Name, backend, architecture, threads of a warp, bytes of shared memory that a block may have.
 TARGETS: dict[str, tuple[str, int | str, int, int]] = {
@@ -132,6 +133,15 @@ def compile_case(case: Case, target: str) -> Resources:
         num_stages=case.num_stages,
     )
     return replace(found, multiplies=case.multiplies)
+
+
+def digest(case: Case, target: str) -> str:
+    """What a compilation rests on but for the compiler: the source of a kernel and of all it calls, and the configuration."""
+    module, _, function = case.kernel.partition(":")
+    kernel = getattr(importlib.import_module(module), function)
+    about = (kernel.cache_key, *(sorted(part.items()) for part in (case.signature, case.constants)), case.aligned)
+    words = repr((*about, case.num_warps, case.num_stages, case.multiplies, case.weights, target))
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def target_named(name: str) -> Any:

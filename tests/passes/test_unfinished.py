@@ -12,10 +12,12 @@ from torch import Tensor, nn
 import recast
 from recast.passes.cache import OperatorCache
 from recast.passes.forms import armor_fit
+from recast.passes.forms.armor_adam import AdamSearch
+from recast.passes.forms.armor_alternating import AlternatingSearch
 from recast.passes.forms.armor_fit import ArmorFactors, ArmorSearch
 from recast.passes.unfinished import Unfinished, kept_in, read_whole, unfinished, write_whole
 
-FORM = "armor(block=8, iterations=30, rate=0.01)"
+FORM = "armor(block=8, iterations=30, rate=0.01, search='adam')"
 
 
 @pytest.fixture(autouse=True)
@@ -23,27 +25,30 @@ def _at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(armor_fit, "SAVE_EVERY", -1.0)
 
 
-def search(seed: int = 0) -> ArmorSearch:
+KINDS: list[type[ArmorSearch]] = [AdamSearch, AlternatingSearch]
+
+
+def search(seed: int = 0, kind: type[ArmorSearch] = AdamSearch) -> ArmorSearch:
     made = torch.Generator().manual_seed(3)
     target = torch.randn(16, 24, generator=made)
     mask = torch.tensor([True, True, False, False]).repeat(16, 6)
     eye = torch.eye(8)
     factors = ArmorFactors(eye.repeat(2, 1, 1), torch.where(mask, target, 0), mask, eye.repeat(3, 1, 1))
-    return ArmorSearch(target, torch.rand(24, generator=made), factors, 24, rate=0.01, greedy=False, seed=seed)
+    return kind(target, torch.rand(24, generator=made), factors, 24, rate=0.01, greedy=False, seed=seed)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
     """Steps from now on are counted, and the one after so many is the user's Ctrl-C."""
     steps: list[int] = []
-    step = ArmorSearch._step
+    advance = ArmorSearch.advance
 
     def counted(self: ArmorSearch) -> float:
         if len(steps) == after:
             raise KeyboardInterrupt
         steps.append(1)
-        return step(self)
+        return advance(self)
 
-    monkeypatch.setattr(ArmorSearch, "_step", counted)
+    monkeypatch.setattr(ArmorSearch, "advance", counted)
     return steps
 
 
@@ -51,17 +56,19 @@ def alike(one: ArmorFactors, other: ArmorFactors) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("after", [1, 20, 29])
 def test_an_interrupted_search_gives_what_it_would_have_given(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int, kind: type[ArmorSearch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = search()
+    monkeypatch.setattr(AlternatingSearch, "patience", 1000)
+    whole = search(kind=kind)
     expected = whole.run(40, progress=False)
     with monkeypatch.context() as patched:
         interrupt(patched, after)
         with pytest.raises(KeyboardInterrupt), kept_in(tmp_path / "states"):
-            search().run(40, progress=False)
-    again = search()
+            search(kind=kind).run(40, progress=False)
+    again = search(kind=kind)
     with monkeypatch.context() as patched, kept_in(tmp_path / "states"):
         steps = interrupt(patched, 1000)
         found = again.run(40, progress=False)
