@@ -30,7 +30,7 @@ FITS = (
     "shared_basis(ratio=0.5, group=2) + data", "shared_atoms(1, 128) + data",
     "sparse24(method='magnitude')", "sparse24(method='wanda') + data", "sparse24(method='nowag') + data", _SPARSEGPT,
     "sparse_nm(4, 8, method='sparsegpt') + data", "unstructured(density=0.5, method='sparsegpt') + data",
-    "column_sparse(density=0.5) + data", "armor(block=128, iterations=100) + data",
+    "column_sparse(density=0.5) + data", "armor(block=128, iterations=30) + data",
     "monarch(blocks=4) + data", "block_shuffle(blocks=4) + data", "block_dense(blocks=2, ratio=0.5) + data",
     "block_diagonal(4) + data", "permuted_block_diagonal(4) + data", "blast(blocks=16, ratio=0.5) + data",
     "sparse_dictionary(ratio=0.8, iterations=3) + data", "kmeans(bits=3) + data", "product_quantization(bits=8, dim=4) + data",

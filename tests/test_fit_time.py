@@ -60,10 +60,15 @@ def test_minutes_of_armor(rows: Any) -> None:
     from rich.console import Console
 
     measure = importlib.import_module("benchmarks.armor_time").measure
-    found = measure(64, 0.01, 1e-3, Console(quiet=True))
-    assert found["iterations"] > 3
+    found = measure(64, 0.01, "adam@1e-3", Console(quiet=True))
+    assert found["steps"] > 3
+    assert not found["ended"]
     assert 0 < found["left"] < 1
-    assert [point["iterations"] for point in found["curve"]][-1] == found["iterations"]
+    assert found["curve"][-1]["steps"] == found["steps"]
+    ended = measure(64, 5, "alternating", Console(quiet=True))
+    assert ended["ended"]
+    assert ended["left"] < found["left"]
+    assert 0 < ended["seconds to 90 % of this"] <= ended["seconds"]
 
 
 def test_a_mark_in_times_of_another_row(rows: Any) -> None:
