@@ -81,7 +81,7 @@ def _sparse() -> list[Family]:
         found.append(_fixed(f"2:4 {method}", "sparse", f"sparse24(method='{method}')", data=data))
     found += [
         Family("2:4 sparsegpt, in order", "sparse", ("sparse24(method='sparsegpt')",), (), ordered=True),
-        _fixed("2:4 armor", "sparse", "armor(block=32)"),
+        _fixed("2:4 armor", "sparse", "armor(block=32, iterations=60)"),
         _fixed("4:8 sparsegpt", "sparse", "sparse_nm(4, 8, method='sparsegpt')"),
         _fixed("2:4 sparsegpt | int4", "sparse", "sparse24(method='sparsegpt') | int4(group=64)"),
     ]

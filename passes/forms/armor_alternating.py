@@ -144,7 +144,7 @@ class AlternatingSearch(ArmorSearch):
         count, tiles = len(rows), slope.shape[0] * down
         tile = torch.arange(tiles, device=slope.device)
         j, i = tile // down, tile % down
-        slopes = slope.view(tiles, d, d // 4, 4)[:, rows].flatten(0, 1)  # (tiles * count, d / 4, 4)
+        slopes = slope.view(tiles, d, d // 4, 4)[:, begin::_APART].flatten(0, 1)  # (tiles * count, d / 4, 4)
         group = self._choose(slopes.abs().sum(-1))
         each, row = torch.arange(len(group), device=slope.device), rows.repeat(tiles)
         tile, j, i = (t.repeat_interleave(count) for t in (tile, j, i))
@@ -154,16 +154,15 @@ class AlternatingSearch(ArmorSearch):
         places = (4 * group).unsqueeze(1) + torch.arange(4, device=slope.device)
         quadratic = seen.gather(2, places.unsqueeze(1).expand(-1, 4, -1)).double()
         size = gram[i, row, row].double()
-        linear = slopes[each, group].double() - size.unsqueeze(1) * (quadratic @ current.double().unsqueeze(2)).squeeze(
-            2
-        )
+        bent = (quadratic * current.double().unsqueeze(1)).sum(2)
+        linear = slopes[each, group].double() - size.unsqueeze(1) * bent
         found, kept, gain = best_pairs(linear, quadratic, size, current, self.allowed[part][j, group])
         change = torch.where((gain > 0).unsqueeze(1), found - current, 0)
-        pushed = (change.unsqueeze(1) @ seen).view(tiles, count, d)  # rows of (change L)
-        columns = gram[i[::count]][:, :, rows]  # (tiles, d, count)
+        pushed = (change.unsqueeze(2) * seen).sum(1).view(tiles, count, d)  # rows of (change L)
+        columns = gram[:, :, begin::_APART].repeat(slope.shape[0], 1, 1)  # of K, (tiles, d, count)
         # What changes of two rows p and q add to the loss beyond their own: K_pq (change_p L)·change_q, twice.
         meet = pushed.gather(2, places.view(tiles, 1, -1).expand(-1, count, -1)).view(tiles, count, count, 4)
-        mixed = torch.einsum("tpqv,tqv->tpq", meet, change.view(tiles, count, 4)) * columns[:, rows]
+        mixed = torch.einsum("tpqv,tqv->tpq", meet, change.view(tiles, count, 4)) * columns[:, begin::_APART]
         own = mixed.diagonal(dim1=1, dim2=2).sum(1)
         gains = gain.view(tiles, count)
         together = gains.sum(1) - (mixed.sum((1, 2)) - own).double()

@@ -68,35 +68,27 @@ def best_pairs(
     -------
     The new groups (t, 4), where they hold values, bool (t, 4), and by how much each lowers the objective, (t,).
     """
-    h, k = linear.double(), quadratic.double()
-    s, now = size.double(), current.double()
-    tried, changes = [], []
-    for i, j in PAIRS:
-        a, b, d = k[:, i, i] + _RIDGE, k[:, i, j], k[:, j, j] + _RIDGE
-        scale = s * (a * d - b * b)
-        safe = torch.where(scale > 0, scale, 1)
-        values = torch.zeros_like(h)
-        values[:, i] = torch.where(scale > 0, (b * h[:, j] - d * h[:, i]) / safe, 0)
-        values[:, j] = torch.where(scale > 0, (b * h[:, i] - a * h[:, j]) / safe, 0)
-        change = _objective(values, h, k, s)
-        # Of a last group with fewer than two inputs any pair will do that holds what there is.
-        missing = ~(allowed[:, i] & allowed[:, j]) & (allowed.sum(1) >= 2)
-        tried.append(values)
-        changes.append(change.masked_fill(missing, torch.inf))
-    changed = torch.stack(changes, 1)
-    least, which = changed.min(1)
-    before = _objective(now, h, k, s)
+    h, k, now = linear.double(), quadratic.double(), current.double()
+    s = size.double().unsqueeze(1)
+    first, second = torch.tensor(PAIRS, device=h.device).T
+    a, b, d = k[:, first, first], k[:, first, second], k[:, second, second]  # of each pair, (t, 6)
+    at, beside = h[:, first], h[:, second]
+    scale = s * ((a + _RIDGE) * (d + _RIDGE) - b * b)
+    safe = torch.where(scale > 0, scale, torch.inf)
+    one, other = (b * beside - (d + _RIDGE) * at) / safe, (b * at - (a + _RIDGE) * beside) / safe
+    change = 2 * (at * one + beside * other) + s * (a * one * one + 2 * b * one * other + d * other * other)
+    # Of a last group with fewer than two inputs any pair will do that holds what there is.
+    missing = ~(allowed[:, first] & allowed[:, second]) & (allowed.sum(1, keepdim=True) >= 2)
+    least, which = change.masked_fill_(missing, torch.inf).min(1)
+    before = 2 * (h * now).sum(1) + size.double() * ((k * now.unsqueeze(1)).sum(2) * now).sum(1)
     better = least < before
     rows = torch.arange(len(h), device=h.device)
-    values = torch.where(better.unsqueeze(1), torch.stack(tried, 1)[rows, which], now)
-    pairs = torch.zeros(len(PAIRS), 4, dtype=torch.bool, device=h.device)
-    for index, pair in enumerate(PAIRS):
-        pairs[index, list(pair)] = True
-    return values.to(current.dtype), pairs[which], torch.where(better, before - least, 0)
-
-
-def _objective(v: Tensor, h: Tensor, k: Tensor, s: Tensor) -> Tensor:
-    return 2 * (h * v).sum(1) + s * (v.unsqueeze(1) @ k @ v.unsqueeze(2)).reshape(-1)
+    values = torch.zeros_like(h)
+    values[rows, first[which]], values[rows, second[which]] = one[rows, which], other[rows, which]
+    pairs = torch.zeros_like(values, dtype=torch.bool)
+    pairs[rows, first[which]] = pairs[rows, second[which]] = True
+    found = torch.where(better.unsqueeze(1), values, now)
+    return found.to(current.dtype), pairs, torch.where(better, before - least, 0)
 
 
 class ArmorSearch(abc.ABC):
