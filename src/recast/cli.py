@@ -338,6 +338,12 @@ def compare(
     limit: LimitOption = 64,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed turns; the median is shown.")] = 7,
     report: Annotated[Path | None, typer.Option("--report", help="Write an HTML page here.")] = None,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Where each ONNX model begins to differ from the first, a program.")
+    ] = False,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, help="Of --bisect: relative to the largest number of a value.")
+    ] = 1e-3,
     as_json: JsonOption = False,
 ) -> None:
     """Fidelity, size and time of models and artifacts side by side, measured in one process, in turns."""
@@ -353,6 +359,16 @@ def compare(
     batches = read_batches(
         on, dataclasses.replace(loaded[0], directory=tokenizes.directory), batch_size=batch_size, limit=limit
     )
+    if bisect:
+        from recast.bisecting import bisect_models
+
+        differences = bisect_models(loaded, batches[0], tolerance=tolerance)
+        if as_json:
+            _print_json({"differences": {name: dataclasses.asdict(found) for name, found in differences.items()}})
+            return
+        for name, found in differences.items():
+            _out().print(f"{name}: {found}", highlight=False, markup=False)
+        return
     rows = measure(loaded, batches, rounds=rounds)
     if report is not None:
         written = next((m.artifact.report for m in loaded if m.artifact is not None), None)

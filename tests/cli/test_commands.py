@@ -291,3 +291,22 @@ def test_as_a_process_with_only_json_on_standard_output(here: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["sites"]["linear"] == 2
     assert done.stderr == ""
+
+
+@needs_onnx
+def test_compare_finds_where_an_onnx_model_differs(cli: Cli, here: Path) -> None:
+    for recipe, out in (("dense", "same"), ("int8", "other")):
+        assert cli("optimize", "little:make", "-r", recipe, "-t", "onnx", "-o", out).status == 0
+    done = cli("compare", "little:make", "same", "other", "--on", "x.safetensors", "--bisect", "--tolerance", 1e-4)
+    assert done.status == 0, done.err
+    same, other = done.out.strip().split("\nother: ")
+    assert same.startswith("same: agrees to ")
+    assert "first at" in other
+    assert "up" in other
+    data = cli(
+        "compare", "little:make", "other", "--on", "x.safetensors", "--bisect", "--tolerance", 1e-4, "--json"
+    ).json
+    assert data["differences"]["other"]["where"] == "up"
+    refused = cli("compare", "little:make", "little:other", "--on", "x.safetensors", "--bisect")
+    assert refused.status == 2
+    assert "looks into ONNX models" in refused.err
