@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +25,11 @@ os.environ.setdefault("RECAST_CACHE", "off")
 import torch
 from rich.console import Console
 
-from benchmarks.coverage_extra import quick, second_leg
+from benchmarks.coverage_extra import second_leg
 from benchmarks.coverage_row import compare_again, examine
-from benchmarks.coverage_table import summary, totals, write_page
+from benchmarks.coverage_table import ROOT, summary, totals, write_page
+from benchmarks.coverage_work import Row, Tell, chosen_names, kept_rows, parts_folder, run_rows, write_json
 from benchmarks.harness import machine_facts
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,34 +67,33 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.extra:
         return second_leg(chosen.torch, chosen.environment, chosen.json)
 
-    from benchmarks.zoo import load
-
-    zoo = load()
     torch.set_num_threads(1)
-    wanted = [n for n in zoo.names(*chosen.family) if not chosen.only or re.fullmatch(chosen.only, n)]
-    if chosen.quick:
-        wanted = [n for n in quick() if n in wanted or not chosen.only]
+    wanted = chosen_names(chosen.family, chosen.only, chosen.quick)
     if not wanted:
         parser.error(f"no architecture is called like {chosen.only!r}")
-    parts = _folder(chosen.json, chosen.resume or chosen.collect)
-    rows = _kept(parts, wanted)
+    parts = parts_folder(chosen.json, chosen.resume or chosen.collect)
+    rows = kept_rows(parts, wanted)
     left = [name for name in wanted if _unfinished(rows.get(name)) and not chosen.collect]
     if left:
         _warm_up()
-    for row in _examined(left, rows, chosen.sizes, chosen.jobs, chosen.limit):
+
+    def work(name: str, tell: Tell) -> Row:
+        return examine(name, chosen.sizes) if name not in rows else compare_again(rows[name])
+
+    for row in run_rows(left, work, chosen.jobs, chosen.limit):
         if "failed" in row and row["name"] in rows:  # what was recognised stands; only the comparison is missing
             rows[row["name"]] |= {"compared": [], "not_compared": {"any size": row["failed"]}}
             row = rows[row["name"]]
         rows[row["name"]] = row
         if parts is not None:
-            _write(parts / f"{row['name']}.json", row)
+            write_json(parts / f"{row['name']}.json", row)
         print(f"{len(rows)}/{len(wanted)} {summary(row)}", file=sys.stderr, flush=True)
     ordered = [rows.get(name, {"name": name, "unseen": "not examined in this run"}) for name in wanted]
     whole = totals(ordered)
     Console(width=130).print_json(json.dumps(whole))
     if chosen.json is not None:
         result = {"benchmark": "coverage", "machine": machine_facts(), "totals": whole, "rows": ordered}
-        _write(chosen.json, result)
+        write_json(chosen.json, result)
         write_page(chosen.page, ordered, whole, machine_facts()["libraries"])
     return 0
 
@@ -111,80 +106,6 @@ def _unfinished(row: dict[str, Any] | None) -> bool:
 def _warm_up() -> None:
     """Import once what every child process needs."""
     examine("llama", "example")
-
-
-def _examined(names: list[str], kept: dict[str, dict[str, Any]], sizes: str, jobs: int, limit: float) -> Any:
-    context = multiprocessing.get_context("fork")
-    running: list[tuple[str, Any, Any, float]] = []
-    waiting = list(names)
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name = waiting.pop(0)
-            here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(name, kept.get(name), sizes, there), daemon=True)
-            process.start()
-            there.close()
-            running.append((name, process, here, time.monotonic()))
-        multiprocessing.connection.wait([here for _, _, here, _ in running], timeout=0.2)
-        for entry in list(running):
-            name, process, here, started = entry
-            row = None
-            if here.poll():
-                try:
-                    row = here.recv()
-                except EOFError:
-                    process.join()
-                    row = {"name": name, "failed": f"the process ended by itself, exit status {process.exitcode}"}
-            elif _spent(process.pid, started) > limit:
-                process.kill()
-                row = {"name": name, "failed": f"not done after {limit:g} seconds"}
-            if row is not None:
-                process.join(5)
-                here.close()
-                running.remove(entry)
-                yield row
-
-
-def _spent(process: int, started: float) -> float:
-    """Processor seconds of a process, so that a busy machine makes no architecture too slow; where not told, seconds."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return time.monotonic() - started
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _child(name: str, kept: dict[str, Any] | None, sizes: str, connection: Any) -> None:
-    try:
-        row = examine(name, sizes) if kept is None else compare_again(kept)
-    except Exception as error:  # noqa: BLE001  # a row says what went wrong, whatever it was
-        row = {"name": name, "failed": f"{type(error).__name__}: {str(error)[:300]}"}
-    connection.send(json.loads(json.dumps(row)))
-    connection.close()
-
-
-def _folder(json_file: Path | None, resume: bool) -> Path | None:
-    if json_file is None:
-        return None
-    parts = json_file.with_name(json_file.name + ".parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        for old in parts.glob("*.json"):
-            old.unlink()
-    return parts
-
-
-def _kept(parts: Path | None, wanted: list[str]) -> dict[str, dict[str, Any]]:
-    files = {} if parts is None else {name: parts / f"{name}.json" for name in wanted}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-
-
-def _write(file: Path, value: Any) -> None:
-    """Under another name first: a kill leaves the old file or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(file.name + ".new")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n")
-    unfinished.replace(file)
 
 
 if __name__ == "__main__":

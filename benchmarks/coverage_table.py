@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
+START_OF_ONNX = "## ONNX"  # the last part of the page, which `benchmarks.coverage_onnx` writes
 KINDS = ("matrices", "attention", "moe", "norms")
 GOALS = {"matrices": 99.5, "attention": 97.0, "moe": 97.0, "norms": 98.0}
 TITLES = {
@@ -114,8 +116,26 @@ def write_page(file: Path, rows: list[dict[str, Any]], whole: dict[str, Any], li
             f"| {row['name']} | {mark} | {' | '.join(cells)} | {wrong} | {seconds['capture']:.2f} | {seconds['recognise']:.2f} |"
         )
     lines += _causes(rows)
+    _, there = _halves(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join([*lines, *([""] if there else []), *there]) + "\n")
+
+
+def join(file: Path, section: list[str]) -> None:
+    """Put the part about ONNX at the end of the page, in the place of the one that is there."""
+    before, _ = _halves(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join([*before, *([""] if before else []), *section]) + "\n")
+
+
+def _halves(file: Path) -> tuple[list[str], list[str]]:
+    """Lines of the page before the part about ONNX, and of that part."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    cut = lines.index(START_OF_ONNX) if START_OF_ONNX in lines else len(lines)
+    before = lines[:cut]
+    while before and not before[-1]:
+        before.pop()
+    return before, lines[cut:]
 
 
 def _sizes(rows: list[dict[str, Any]]) -> list[str]:
