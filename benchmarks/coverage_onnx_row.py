@@ -200,12 +200,14 @@ def difference(got: list[Tensor], expected: list[Tensor]) -> tuple[float, str]:
                 return math.inf, f"result {position} ({b.dtype}) has other values"
             continue
         finite = torch.isfinite(b)
-        if not torch.equal(a.masked_fill(finite, 0.0).nan_to_num(), b.masked_fill(finite, 0.0).nan_to_num()):
+        same = torch.equal(torch.isfinite(a), finite)
+        if not same or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
             return math.inf, f"result {position} is not finite elsewhere"
         if bool(finite.any()):
             x, y = a[finite].double(), b[finite].double()
             off = float((x - y).abs().max()) / max(float(y.abs().max()), 1e-30)
-            worst = max(worst, (off, f"result {position} differs by {off:.2g} of its largest value"))
+            if off > worst[0]:
+                worst = off, f"result {position} differs by {off:.2g} of its largest value"
     return worst
 
 
