@@ -17,6 +17,7 @@ from recast.lowering.onnx.grouped import group_attention
 from recast.lowering.onnx.guards import drop_guards
 from recast.lowering.onnx.kept import write_kept
 from recast.lowering.onnx.kernels import kernels
+from recast.lowering.onnx.memory import without_memory
 from recast.lowering.onnx.session import load_session, needed, runner
 from recast.passes.module import OperatorModule
 from recast.patterns.errors import ArtifactError, TargetError
@@ -93,6 +94,7 @@ class OnnxRuntime(Lowering):
         self.installed()
         check(program)
         inlined, self._kernels = inline_operators(program, kernels(self.accuracy_level))
+        without_memory(inlined)
         write_kept(inlined, self.opset)
         drop_guards(inlined)
         self.decoder = self._group(inlined)
