@@ -64,7 +64,7 @@ def _pairs(program: Program, node: fx.Node) -> None:
     """A new dimension of complex numbers, which the exporter has no translation of, as one of pairs."""
     source, place = node.args
     assert isinstance(source, fx.Node)
-    place = place % node.meta["val"].dim()  # type: ignore[operator]
+    place = place % node.meta["val"].dim()
 
     def run(c: Tensor) -> Tensor:
         return torch.view_as_complex(torch.view_as_real(c).unsqueeze(place))
