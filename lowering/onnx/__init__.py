@@ -17,6 +17,7 @@ from recast.lowering.onnx.grouped import group_attention
 from recast.lowering.onnx.guards import drop_guards
 from recast.lowering.onnx.kept import write_kept
 from recast.lowering.onnx.kernels import kernels
+from recast.lowering.onnx.last import keep_last
 from recast.lowering.onnx.memory import without_memory
 from recast.lowering.onnx.session import load_session, needed, runner
 from recast.passes.module import OperatorModule
@@ -48,6 +49,8 @@ class OnnxRuntime(Lowering):
         first where it computes the same.
     genai
         Write a decoder's ``genai_config.json`` too, for onnxruntime-genai.
+    logits
+        Of a decoder with its cache: ``last`` for (batch, 1, tokens), those after each text's last token, ``all`` for every token.
     """
 
     name: ClassVar[str] = "onnx"
@@ -62,6 +65,7 @@ class OnnxRuntime(Lowering):
         threads: int | None = None,
         attention: str = "auto",
         genai: bool = False,
+        logits: str = "last",
     ) -> None:
         if opset < 21:
             raise TargetError(f"target 'onnx': opset is {opset}, at least 21 is needed")
@@ -71,7 +75,9 @@ class OnnxRuntime(Lowering):
             )
         if attention not in ("auto", "grouped", "standard"):
             raise TargetError(f"target 'onnx': attention is {attention!r}; 'auto', 'grouped' or 'standard' would work")
-        self.attention, self.genai = attention, genai
+        if logits not in ("last", "all"):
+            raise TargetError(f"target 'onnx': logits is {logits!r}; 'last' or 'all' would work")
+        self.attention, self.genai, self.logits = attention, genai, logits
         self.opset, self.accuracy_level = opset, accuracy_level
         self.external_data, self.threads = external_data, threads
         self.inputs: list[str | None] = []
@@ -93,11 +99,16 @@ class OnnxRuntime(Lowering):
         """Export, and make a session."""
         self.installed()
         check(program)
+        said: list[str] = []
+        if program.decoder is not None and self.logits == "last":
+            program, count = keep_last(program)
+            said = [f"logits: of the last token alone, for which {count} operations are computed"]
         inlined, self._kernels = inline_operators(program, kernels(self.accuracy_level))
         without_memory(inlined)
         write_kept(inlined, self.opset)
         drop_guards(inlined)
         self.decoder = self._group(inlined)
+        self._notes += said
         fuse(inlined)
         self.inputs, self.outputs = input_names(inlined), output_kinds(inlined)
         self._model = export(inlined, _sites(program), self.opset)
@@ -132,7 +143,7 @@ class OnnxRuntime(Lowering):
             if reason is None
             else f"attention: standard operators ({reason})"
         ]
-        found = {**program.decoder, "grouped": reason is None}
+        found = {**program.decoder, "grouped": reason is None, "logits": self.logits}
         if self.genai:
             genai_config(found)  # what it has no words for is refused before the work
         return found
@@ -176,7 +187,7 @@ class OnnxRuntime(Lowering):
         described = dict(data["lowering"])
         inputs, outputs, kernels = described.pop("inputs"), described.pop("outputs"), described.pop("kernels")
         decoder = described.pop("decoder", None)
-        lowering = cls(**described)
+        lowering = cls(**{"logits": "all", **described})  # as before there was a choice
         lowering.inputs, lowering.outputs, lowering._kernels = inputs, outputs, kernels
         lowering._folder, lowering.decoder = folder.absolute(), decoder
         lowering.session = load_session(lowering._folder / _MODEL, lowering.threads)
@@ -191,6 +202,7 @@ class OnnxRuntime(Lowering):
             "threads": self.threads,
             "attention": self.attention,
             "genai": self.genai,
+            "logits": self.logits,
             "inputs": self.inputs,
             "outputs": self.outputs,
             "kernels": self._kernels,

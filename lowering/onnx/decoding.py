@@ -70,8 +70,11 @@ class Decoding:
             for i, (heads, *sizes) in enumerate(self._cache)
             for role, size in zip(("key", "value"), sizes, strict=True)
         ]
+        logits = self._run(ids)
+        if logits.shape[1] == 1:  # of the last tokens alone
+            return logits[:, 0]
         last = lengths - 1 if self._grouped else np.full(batch, ids.shape[1] - 1)
-        found: Logits = self._run(ids)[np.arange(batch), last]
+        found: Logits = logits[np.arange(batch), last]
         return found
 
     def step(self, tokens: Ids) -> Logits:

@@ -153,6 +153,7 @@ def _agree(
         raise ValueError("it gives no floating output")
     # Where one gives more than the other, those that both give.
     for position, (expected, actual) in enumerate(zip(reference, found, strict=False)):
+        expected, actual = _last(expected, actual, mask), _last(actual, expected, mask)
         if expected.shape != actual.shape:
             raise ValueError(
                 f"its output {position} has shape {tuple(actual.shape)}, the first model's has {tuple(expected.shape)}; "
@@ -161,6 +162,15 @@ def _agree(
         if position == len(agreements):
             agreements.append(Agreement())
         agreements[position].add(expected, actual, mask)
+
+
+def _last(logits: Tensor, other: Tensor, mask: Tensor | None) -> Tensor:
+    """The last token's part of logits (batch, sequence, tokens), where `other` has no more, as decoders in ONNX give it."""
+    alone = other.ndim == logits.ndim == 3 and other.shape == (logits.shape[0], 1, logits.shape[2])
+    if mask is None or not alone or mask.shape != logits.shape[:2]:
+        return logits
+    places = (mask * torch.arange(mask.shape[1])).argmax(-1)
+    return logits[torch.arange(len(logits)), places].unsqueeze(1)
 
 
 def _figures(agreements: Sequence[Agreement]) -> dict[str, Any]:

@@ -209,7 +209,10 @@ class Model:
             if self.artifact is not None:
                 interface, given = self.artifact.interface, self.complete(batch)
                 result = self.artifact(*(given[n] for n in interface.args), **{n: given[n] for n in interface.kwargs})
-                if self.decoder is not None:  # what stands at padding means nothing
+                if self.decoder is not None:
+                    if self.decoder.get("logits") == "last":
+                        return [result["logits"]]
+                    # What stands at padding means nothing.
                     return [result["logits"] * batch["attention_mask"].unsqueeze(-1)]
             else:
                 assert self.module is not None  # of the four kinds, the two that are left

@@ -64,7 +64,7 @@ def test_four_bits_compute_what_the_rewritten_program_computes(decoder: Path) ->
 
     given = (tokens, torch.ones_like(tokens), empty_cache(program.decoder or {}, 2))
     with torch.no_grad():
-        wanted = rewritten(*given)["logits"]
+        wanted = rewritten(*given)["logits"][:, -1:]  # the last token's alone
     assert_close(recast.load(decoder)(*given)["logits"], wanted, terms=6 * 384)
 
 

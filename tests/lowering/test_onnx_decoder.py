@@ -46,9 +46,9 @@ def made(kind: str, **changes: Any) -> Any:
 
 
 @functools.cache
-def exported(kind: str, attention: str = "auto", genai: bool = False, **changes: Any) -> Artifact:
+def exported(kind: str, attention: str = "auto", genai: bool = False, logits: str = "last", **changes: Any) -> Artifact:
     program = recast.capture(made(kind, **changes), (), {"input_ids": torch.ones(2, 5, dtype=torch.int64)}, cache=True)
-    return recast.lower(program, target="onnx", attention=attention, genai=genai)
+    return recast.lower(program, target="onnx", attention=attention, genai=genai, logits=logits)
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:
@@ -75,7 +75,7 @@ def test_tokens_are_those_of_pytorch(kind: str) -> None:
 
 
 def test_one_graph_computes_prompt_and_single_tokens() -> None:
-    model, artifact = made("Llama"), exported("Llama")
+    model, artifact = made("Llama"), exported("Llama", logits="all")
     tokens = ids(3, 9)
     with torch.no_grad():
         wanted = model(tokens).logits
@@ -91,7 +91,7 @@ def test_one_graph_computes_prompt_and_single_tokens() -> None:
 
 
 def test_several_tokens_after_others_are_for_one_text_at_a_time() -> None:
-    model, artifact = made("Llama"), exported("Llama")
+    model, artifact = made("Llama"), exported("Llama", logits="all")
     tokens = ids(1, 9)
     first = artifact(tokens[:, :4], torch.ones(1, 4, dtype=torch.int64), empty_past(model, 1))
     rest = artifact(tokens[:, 4:], torch.ones(1, 9, dtype=torch.int64), first["present"])
