@@ -51,10 +51,8 @@ def agree(artifact: Artifact, calibration: Calibration | None = None) -> Report:
         place = [node.target for node in program.inputs()].index("attention_mask")
         probe[place] = torch.ones_like(probe[place])
     with torch.no_grad():
-        wanted = program.module(*[v.clone() if isinstance(v, Tensor) else v for v in probe])
+        wanted = artifact.lowering.computes(program).module(*[v.clone() if isinstance(v, Tensor) else v for v in probe])
         found = artifact.runner(list(probe))
-    if program.decoder is not None and (getattr(artifact.lowering, "decoder", None) or {}).get("logits") == "last":
-        wanted = [wanted[0][:, -1:], *wanted[1:]]
     slack = exact_bound(coarsest_dtype(program))
     figures: dict[str, dict[str, float]] = {}
     for i, (a, b) in enumerate(zip(wanted, found, strict=True)):

@@ -57,6 +57,10 @@ class Lowering(abc.ABC):
             The target is not installed, or cannot express something in the program.
         """
 
+    def computes(self, program: Program) -> Program:
+        """What the target was asked to compute, as an eager program: the one it was given, unless an option changes it."""
+        return program
+
     def kernels(self, program: Program) -> dict[str, str]:
         """What runs each site, by site name."""
         return {}

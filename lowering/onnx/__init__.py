@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from recast.lowering.base import Lowering, Runner
 from recast.lowering.inline import inline_operators
+from recast.lowering.onnx.embeddings import Table, pack_tables, read_form, round_tables, tables_of
 from recast.lowering.onnx.export import check, export, input_names, output_kinds
 from recast.lowering.onnx.fuse import fuse
 from recast.lowering.onnx.genai import genai_config
@@ -51,6 +52,9 @@ class OnnxRuntime(Lowering):
         Write a decoder's ``genai_config.json`` too, for onnxruntime-genai.
     logits
         Of a decoder with its cache: ``last`` for (batch, 1, tokens), those after each text's last token, ``all`` for every token.
+    embeddings
+        Form of tables that inputs are looked up in, ``int4(group=32)``, say: `GatherBlockQuantized` unpacks the rows that are
+        looked up. A head that is tied to a table and has the same bits and groups is held once with it.
     """
 
     name: ClassVar[str] = "onnx"
@@ -66,6 +70,7 @@ class OnnxRuntime(Lowering):
         attention: str = "auto",
         genai: bool = False,
         logits: str = "last",
+        embeddings: str | None = None,
     ) -> None:
         if opset < 21:
             raise TargetError(f"target 'onnx': opset is {opset}, at least 21 is needed")
@@ -78,6 +83,9 @@ class OnnxRuntime(Lowering):
         if logits not in ("last", "all"):
             raise TargetError(f"target 'onnx': logits is {logits!r}; 'last' or 'all' would work")
         self.attention, self.genai, self.logits = attention, genai, logits
+        self.embeddings = embeddings
+        self._form = None if embeddings is None else read_form(embeddings)
+        self._tables: list[Table] = []
         self.opset, self.accuracy_level = opset, accuracy_level
         self.external_data, self.threads = external_data, threads
         self.inputs: list[str | None] = []
@@ -99,14 +107,16 @@ class OnnxRuntime(Lowering):
         """Export, and make a session."""
         self.installed()
         check(program)
-        said: list[str] = []
+        self._tables, said = tables_of(program, self._form) if self._form is not None else ([], [])
+        said += map(str, self._tables)
         if program.decoder is not None and self.logits == "last":
             program, count = keep_last(program)
-            said = [f"logits: of the last token alone, for which {count} operations are computed"]
+            said += [f"logits: of the last token alone, for which {count} operations are computed"]
         inlined, self._kernels = inline_operators(program, kernels(self.accuracy_level))
         without_memory(inlined)
         write_kept(inlined, self.opset)
         drop_guards(inlined)
+        pack_tables(inlined, self._tables)
         self.decoder = self._group(inlined)
         self._notes += said
         fuse(inlined)
@@ -123,6 +133,12 @@ class OnnxRuntime(Lowering):
 
                 self.session = load_session(onnx_ir.to_proto(self._model).SerializeToString(), self.threads)
         return runner(self.session, self.inputs, self.outputs)
+
+    def computes(self, program: Program) -> Program:
+        """The program with what was asked for beside it: rounded embeddings, logits of the last token alone."""
+        if self._tables:
+            program = round_tables(program, self._tables)
+        return program if program.decoder is None or self.logits == "all" else keep_last(program)[0]
 
     def _group(self, program: Program) -> dict[str, Any] | None:
         """Rewrite a decoder's attention, if it is one; gives what a generation loop has to know."""
@@ -149,7 +165,7 @@ class OnnxRuntime(Lowering):
         return found
 
     def notes(self) -> list[str]:
-        """What became of a decoder's attention."""
+        """What became of a decoder's attention, of its logits, and of embeddings."""
         return list(self._notes)
 
     @property
@@ -203,6 +219,7 @@ class OnnxRuntime(Lowering):
             "attention": self.attention,
             "genai": self.genai,
             "logits": self.logits,
+            "embeddings": self.embeddings,
             "inputs": self.inputs,
             "outputs": self.outputs,
             "kernels": self._kernels,

@@ -255,6 +255,10 @@ def optimize(
         int | None,
         typer.Option("--accuracy-level", help="Of --target onnx: 0 exact, 4 rounds what 4-bit weights meet to int8."),
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option("--embeddings", help="Of --target onnx: form of tables that are looked up, int4(group=32), say."),
+    ] = None,
     genai: Annotated[
         bool, typer.Option("--genai", help="With --cache: write genai_config.json for onnxruntime-genai too.")
     ] = False,
@@ -286,6 +290,7 @@ def optimize(
         cache=cache,
         genai=genai,
         accuracy_level=accuracy_level,
+        embeddings=embeddings,
     )
     report = optimize_model(request, _say)
     if as_json:

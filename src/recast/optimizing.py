@@ -54,15 +54,19 @@ class Request:
     cache: bool = False
     genai: bool = False
     accuracy_level: int | None = None
+    embeddings: str | None = None
 
     def lowering_options(self) -> dict[str, Any]:
         """Options of the target that were given."""
         if self.genai and not self.cache:
             raise TargetError("optimize: --genai is for decoders with their cache; it goes with --cache")
-        if self.target != "onnx" and (self.genai or self.accuracy_level is not None):
-            raise TargetError("optimize: --genai and --accuracy-level are of the target onnx; add -t onnx")
-        found: dict[str, Any] = {"genai": True} if self.genai else {}
-        return found if self.accuracy_level is None else {**found, "accuracy_level": self.accuracy_level}
+        given = {"genai": self.genai or None, "accuracy_level": self.accuracy_level, "embeddings": self.embeddings}
+        found = {name: value for name, value in given.items() if value is not None}
+        if found and self.target != "onnx":
+            raise TargetError(
+                "optimize: --genai, --accuracy-level and --embeddings are of the target onnx; add -t onnx"
+            )
+        return found
 
     def counts(self) -> list[int] | None:
         """Numbers of tokens to time forms with, None for no timing."""

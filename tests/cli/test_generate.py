@@ -137,6 +137,8 @@ def test_folders_that_cannot_generate_are_refused(
         (["--genai", "-t", "onnx"], "goes with --cache"),
         (["--genai", "--cache", "-t", "eager"], "of the target onnx"),
         (["--accuracy-level", "4"], "of the target onnx"),
+        (["--embeddings", "int4(group=32)"], "of the target onnx"),
+        (["--embeddings", "int3", "-t", "onnx"], "2, 4 or 8 bits"),
         (["--accuracy-level", "3", "-t", "onnx"], "accuracy_level is 3"),
     ],
 )
