@@ -1,4 +1,4 @@
-"""Int8 weights whose inputs are rounded as they come, around whatever multiplies the integers on a target."""
+"""Int8 weights whose inputs are rounded, as they come or on a known grid, around whatever multiplies the integers on a target."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from recast.kernels.quantized_matmul.reference import quantize_tokens
+from recast.kernels.quantized_matmul.reference import quantize_inputs, quantize_tokens
 from recast.lowering.packed import Packed
 from recast.passes.forms.quantized import Quantized
 
@@ -32,10 +32,16 @@ def dynamic_int8(operator: Quantized, kernel: str, product: Callable[[Tensor, Te
         # Of the weight alone, so it is summed here: Inductor does not fold sums of integers.
         "offset": operator.values.sum(1).float() * scale,
     }
+    if operator.grid is not None:
+        held["input_scale"], held["input_zero"] = operator.grid
 
     def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """``y = (sum q w - z sum w) * s_x * s_w`` with q, z, s_x of each token, or of all."""
-        codes, scale, zero = quantize_tokens(x, per_token=per_token)
+        if "input_scale" in tensors:
+            scale, zero = tensors["input_scale"], tensors["input_zero"].float()
+            codes = quantize_inputs(x, scale, zero)
+        else:
+            codes, scale, zero = quantize_tokens(x, per_token=per_token)
         values = tensors["values"]
         sums = product(codes.reshape(-1, x.shape[-1]), values, tensors["scale"])
         sums = sums.reshape(*x.shape[:-1], values.shape[0])

@@ -131,7 +131,7 @@ class Calibration:
         counts: dict[str, int] = {}
         for name, stats in self.groups.items():
             counts[name] = stats.tokens
-            for field in ("gram", "mean", "absmax", "sample", "sizes", "cross"):
+            for field in ("gram", "mean", "absmax", "sample", "sizes", "cross", "ranges"):
                 value = getattr(stats, field)
                 if value is not None:
                     tensors[f"{name}/{field}"] = value.contiguous()
@@ -204,6 +204,7 @@ class Calibration:
                 sample=tensors.get(f"{name}/sample"),
                 sizes=tensors.get(f"{name}/sizes"),
                 cross=tensors.get(f"{name}/cross"),
+                ranges=tensors.get(f"{name}/ranges"),
             )
             for name, count in counts.items()
         }

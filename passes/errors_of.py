@@ -62,6 +62,10 @@ def _noise(operator: Operator, stats: Stats, after: Tensor | None) -> float:
         if stats.sample is None:
             return 0.0
         sample = stats.sample.double()
+        if operator.static:  # beyond the grid inputs are cut off, which no step tells
+            dense = operator.to_dense().double()
+            gap = (operator.rounded_inputs(sample) - sample) @ (dense if after is None else after @ dense).T
+            return float(gap.square().sum()) / max(1, len(sample)) * stats.tokens
         over = (1,) if operator.per_token else (0, 1)
         step = (sample.amax(over).clamp_min(0) - sample.amin(over).clamp_max(0)) / 255
         dense = operator.to_dense().double()

@@ -16,7 +16,8 @@ class RunningStats:
     def __init__(self, features: int, sample: int) -> None:
         self.gram = torch.zeros(features, features, dtype=torch.float64)
         self.total = torch.zeros(features, dtype=torch.float64)
-        self.absmax = torch.zeros(features, dtype=torch.float64)
+        self.lowest = torch.full((features,), torch.inf, dtype=torch.float64)
+        self.highest = -self.lowest
         self.sizes = torch.zeros(SIZES, dtype=torch.int64)
         self.tokens = 0
         self.wanted = sample
@@ -31,7 +32,8 @@ class RunningStats:
             self.total += wide.sum(0)
             self.sizes += sizes_of(wide)
             if len(wide):
-                self.absmax = torch.maximum(self.absmax, wide.abs().amax(0))
+                self.lowest = torch.minimum(self.lowest, wide.amin(0))
+                self.highest = torch.maximum(self.highest, wide.amax(0))
         # An even sample of each batch, thinned so that all batches stay represented.
         step = max(1, len(vectors) // self.wanted)
         self.kept.append(vectors[::step][: self.wanted].cpu().clone())
@@ -42,7 +44,9 @@ class RunningStats:
     def stats(self) -> Stats:
         """Return the statistics of all vectors so far."""
         sample = _thin(torch.cat(self.kept), self.wanted) if self.kept else None
-        return Stats(self.gram, self.total / max(1, self.tokens), self.absmax, self.tokens, sample, sizes=self.sizes)
+        ranges = torch.stack((self.lowest, self.highest)) if self.tokens else torch.zeros(2, len(self.total)).double()
+        mean, absmax = self.total / max(1, self.tokens), ranges.abs().amax(0)
+        return Stats(self.gram, mean, absmax, self.tokens, sample, sizes=self.sizes, ranges=ranges)
 
 
 def _thin(rows: Tensor, count: int) -> Tensor:

@@ -27,6 +27,7 @@ __all__ = [
     "pack_int4",
     "packed_bytes",
     "quantize",
+    "quantize_inputs",
     "quantize_tokens",
     "rounded",
     "spread",
@@ -288,6 +289,31 @@ def quantize_tokens(x: Tensor, *, per_token: bool = True) -> tuple[Tensor, Tenso
     return codes.to(torch.int8), scale, zero
 
 
+def quantize_inputs(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Round vectors to int8 codes on a grid that is known beforehand: ``x = (code - zero) * scale``; what is beyond it is cut off.
+
+    Parameters
+    ----------
+    x
+        (..., n), floating.
+    scale, zero
+        (1,), floating and int8; the scale is positive.
+
+    Returns
+    -------
+    int8 (..., n).
+
+    Examples
+    --------
+    >>> quantize_inputs(
+    ...     torch.tensor([0.0, 1.0, 99.0]), torch.tensor([0.5]), torch.tensor([-8], dtype=torch.int8)
+    ... ).tolist()
+    [-8, -6, 127]
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (torch.round(wide / scale) + zero.to(wide.dtype)).clamp(-128, 127).to(torch.int8)
+
+
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Multiply int8 (..., t, k) by int8 (..., m, k) transposed, exactly: int32 (..., t, m).
 
@@ -311,6 +337,7 @@ def dynamic_int8_matmul(
     *,
     group: int | None = None,
     per_token: bool = True,
+    inputs: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Multiply vectors by an int8 weight after rounding the vectors to int8 too.
 
@@ -326,6 +353,8 @@ def dynamic_int8_matmul(
         Inputs in a group, None for all of them.
     per_token
         See `quantize_tokens`.
+    inputs
+        Scale and zero point of the vectors, see `quantize_inputs`, in place of those of the range that they are found to have.
 
     Returns
     -------
@@ -333,7 +362,10 @@ def dynamic_int8_matmul(
     dtype.
     """
     m, n = values.shape
-    codes, token_scale, token_zero = quantize_tokens(x, per_token=per_token)
+    if inputs is None:
+        codes, token_scale, token_zero = quantize_tokens(x, per_token=per_token)
+    else:
+        codes, (token_scale, token_zero) = quantize_inputs(x, *inputs), inputs
     codes = codes.reshape(-1, n)
     vectors = x.reshape(-1, n)  # gives the number of tokens even where it is symbolic
     token_scale, token_zero = (

@@ -78,6 +78,7 @@ class ColumnSparse(Sparse):
             stats.absmax[columns],
             stats.tokens,
             None if stats.sample is None else stats.sample[:, columns],
+            ranges=None if stats.ranges is None else stats.ranges[:, columns],
         )
 
 

@@ -69,6 +69,10 @@ class SumForm(Form):
     def needs_loss(self) -> bool:
         return any(term.needs_loss for term in self.terms)
 
+    @property
+    def needs_data(self) -> bool:
+        return any(term.needs_data for term in self.terms)
+
     def check(self, shape: tuple[int, int], where: str | None = None) -> None:
         for term in self.terms:
             term.check(shape, where)
@@ -186,6 +190,10 @@ class PipeForm(Form):
     @property
     def needs_loss(self) -> bool:
         return self.left.needs_loss or self.right.needs_loss
+
+    @property
+    def needs_data(self) -> bool:
+        return self.left.needs_data or self.right.needs_data
 
     @property
     def wrapper(self) -> bool:

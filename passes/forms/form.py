@@ -74,6 +74,11 @@ class Form(abc.ABC):
         return False
 
     @property
+    def needs_data(self) -> bool:
+        """Whether there is no fit without statistics of the inputs."""
+        return self.needs_loss
+
+    @property
     def without_data(self) -> str | None:
         """What is done where there are no statistics of inputs, if that is not what the form's text says; None otherwise.
 
@@ -169,10 +174,10 @@ class Form(abc.ABC):
         if stats is not None and stats.cross is not None:
             aim, seen = stats.aimed(weight), replace(stats, cross=None)
         operator = self._solved(aim, seen, where)
-        alone = self.optimal_on_data or self.needs_loss
+        alone = self.optimal_on_data or self.needs_data
         if seen is None or seen.gram is None or (alone and aim is weight):
             return operator
-        free = self._solved(weight, seen if self.needs_loss else None, where)
+        free = self._solved(weight, seen if self.needs_data else None, where)
         return min((operator, free), key=lambda found: data_error(aim, found, seen))
 
     def _solved(self, weight: Tensor, stats: Stats | None, where: str | None) -> Operator:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from recast.passes.forms.form import NamedForm
 from recast.passes.forms.integer import TENSOR, check_group, check_rounding, inputs_of_group, rounds_without_data
 from recast.passes.forms.quantized import Quantized, outline_quantized
 from recast.passes.forms.quantized_fit import fit_quantized
+from recast.passes.forms.static_inputs import static_grid
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
 
@@ -27,6 +28,10 @@ class Int8(NamedForm):
     product runs on integers; `apply` is then linear only up to that rounding. Each vector has a scale and zero point of its
     own, or with ``per_token=false`` all share one pair, as ONNX's DynamicQuantizeLinear. ``reduce_range=true`` keeps the
     weight's codes within -64..64, for x86 without VNNI, whose int8 product would saturate.
+
+    With ``static=true`` that one pair is chosen beforehand, from the range that inputs had in calibration, without which there
+    is no fit; what is beyond it is cut off. It is what OpenVINO, TensorRT, QNN and DirectML turn into products of integers
+    (``docs/onnx-kernels.md``).
 
     Examples
     --------
@@ -46,6 +51,12 @@ class Int8(NamedForm):
     per_token: bool = field(
         default=True, metadata={"help": "with activations: a scale for each vector, not one for all"}
     )
+    static: bool = field(
+        default=False, metadata={"help": "with activations: one scale for all vectors, chosen in calibration"}
+    )
+    zero_point: bool = field(
+        default=True, metadata={"help": "with static: a zero point too; false for TensorRT, which has none"}
+    )
     reduce_range: bool = field(default=False, metadata={"help": "codes within -64..64, exact without VNNI"})
     symmetric: bool = field(default=True, metadata={"help": "zero is code 0; false: a zero point for each group"})
     rounding: str = field(default="nearest", metadata={"help": "'nearest', or with data 'gptq' or 'quantease'"})
@@ -55,9 +66,19 @@ class Int8(NamedForm):
         check_group("int8", self.group, 128)
         if not (self.per_token or self.activations):
             raise FormError("int8: per_token=false speaks of activations, which are left alone; add activations=true")
+        if self.static and not self.activations:
+            raise FormError("int8: static=true speaks of activations, which are left alone; add activations=true")
+        if not (self.zero_point or self.static):
+            raise FormError("int8: zero_point=false speaks of a scale chosen in calibration; add static=true")
+        if self.static:
+            object.__setattr__(self, "per_token", False)  # one scale for all is what it means
         if self.reduce_range and not self.symmetric:
             raise FormError("int8: reduce_range goes with symmetric codes; leave symmetric=false out")
         check_rounding("int8", self.rounding, self.act_order)
+
+    @property
+    def needs_data(self) -> bool:
+        return self.static
 
     @property
     def without_data(self) -> str | None:
@@ -95,10 +116,12 @@ class Int8(NamedForm):
             symmetric=self.symmetric,
             activations=self.activations,
             per_token=self.per_token,
+            static=self.static,
         )
 
     def solve(self, weight: Tensor, stats: Stats | None) -> Quantized:
-        return fit_quantized(
+        grid = static_grid(str(self), stats, self.zero_point) if self.static else (None, None)
+        made = fit_quantized(
             weight,
             stats,
             bits=8,
@@ -111,3 +134,6 @@ class Int8(NamedForm):
             rounding=self.rounding,
             act_order=self.act_order,
         )
+        device = weight.device
+        scale, zero = (None if part is None else part.to(device) for part in grid)
+        return replace(made, input_scale=scale, input_zero=zero)

@@ -93,5 +93,6 @@ def _part(stats: Stats | None, places: Tensor) -> Stats | None:
         mean=stats.mean[places],
         absmax=stats.absmax[places],
         sizes=None,
+        ranges=None if stats.ranges is None else stats.ranges[:, places],
         sample=None if stats.sample is None else stats.sample[:, places],
     )

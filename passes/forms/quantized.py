@@ -13,7 +13,7 @@ from torch import Tensor
 from recast.kernels.quantized_matmul import reference
 from recast.passes.forms.operator import Cost, Operator, dtype_from_name, dtype_name, matmul_cost
 
-__all__ = ["Quantized", "outline_quantized"]
+__all__ = ["Quantized", "outline_quantized", "rounded_as_they_come"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,6 +41,8 @@ class Quantized(Operator):
         Whether each input vector then has a scale and zero point of its own; else all vectors share one pair.
     compute
         The floating dtype of `to_dense`.
+    input_scale, input_zero
+        (1,), float32 and int8, where inputs are rounded on a grid known beforehand ("static"); None: as they come.
     """
 
     kind: ClassVar[str] = "quantized"
@@ -53,6 +55,8 @@ class Quantized(Operator):
     activations: bool = False
     compute: torch.dtype = field(default=torch.float32)
     per_token: bool = True
+    input_scale: Tensor | None = None
+    input_zero: Tensor | None = None
 
     def __post_init__(self) -> None:
         m, n = self.full_shape
@@ -68,6 +72,8 @@ class Quantized(Operator):
                 raise ValueError(f"quantized: {name} has shape {tuple(getattr(self, name).shape)}, {shape} is needed")
         if self.activations and self.bits != 8:
             raise ValueError(f"quantized: activations are rounded for 8 bit weights only, not for {self.bits}")
+        if (self.input_scale is None) != (self.input_zero is None) or (self.static and not self.activations):
+            raise ValueError("quantized: a grid for the inputs is a scale and a zero point, and goes with activations")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,6 +87,24 @@ class Quantized(Operator):
     def symmetric(self) -> bool:
         """Whether the codes have no zero point."""
         return self.zero is None
+
+    @property
+    def static(self) -> bool:
+        """Whether inputs are rounded on a grid known beforehand."""
+        return self.input_scale is not None
+
+    @property
+    def grid(self) -> tuple[Tensor, Tensor] | None:
+        """Scale and zero point of the inputs, where they are known beforehand."""
+        return None if self.input_scale is None or self.input_zero is None else (self.input_scale, self.input_zero)
+
+    def rounded_inputs(self, x: Tensor) -> Tensor:
+        """Return what x (..., n) is rounded to, in its dtype."""
+        if self.grid is None:
+            codes, scale, zero = reference.quantize_tokens(x, per_token=self.per_token)
+        else:
+            codes, (scale, zero) = reference.quantize_inputs(x, *self.grid), self.grid
+        return ((codes.to(scale.dtype) - zero) * scale).to(x.dtype)
 
     def by_row(self) -> Quantized:
         """Return the same weight with a scale for each row also where one stands for the whole matrix, as kernels take it."""
@@ -97,11 +121,10 @@ class Quantized(Operator):
             )
         if x.requires_grad and torch.is_grad_enabled():
             # Rounding has no slope; its gradient is taken as that of the identity ("straight through").
-            codes, scale, zero = reference.quantize_tokens(x.detach(), per_token=self.per_token)
-            rounded = x + (((codes.to(scale.dtype) - zero) * scale).to(x.dtype) - x).detach()
+            rounded = x + (self.rounded_inputs(x.detach()) - x).detach()
             return torch.nn.functional.linear(rounded, self.to_dense().to(x.dtype))
         return reference.dynamic_int8_matmul(
-            x, self.values, self.scale, self.zero, group=self.group, per_token=self.per_token
+            x, self.values, self.scale, self.zero, group=self.group, per_token=self.per_token, inputs=self.grid
         )
 
     def to_dense(self) -> Tensor:
@@ -121,7 +144,11 @@ class Quantized(Operator):
 
     def own_tensors(self) -> dict[str, Tensor]:
         found = {"values": self.values, "scale": self.scale}
-        return found if self.zero is None else {**found, "zero": self.zero}
+        if self.zero is not None:
+            found["zero"] = self.zero
+        if self.grid is not None:
+            found["input_scale"], found["input_zero"] = self.grid
+        return found
 
     def fields(self) -> dict[str, Any]:
         return {
@@ -132,6 +159,7 @@ class Quantized(Operator):
             "activations": self.activations,
             "per_token": self.per_token,
             "dtype": dtype_name(self.compute),
+            **({"static": True} if self.static else {}),
         }
 
     @classmethod
@@ -149,10 +177,24 @@ class Quantized(Operator):
             bool(fields["activations"]),
             dtype_from_name(fields["dtype"]),
             bool(fields["per_token"]),
+            *((tensors["input_scale"], tensors["input_zero"]) if fields.get("static") else ()),
         )
 
     def to(self, dtype: torch.dtype) -> Quantized:
         return replace(self, compute=dtype)
+
+
+def rounded_as_they_come(operator: Operator) -> Operator:
+    """Return the same operator with no grid for inputs known beforehand: each is rounded over the range it has."""
+    if isinstance(operator, Quantized):
+        return replace(operator, input_scale=None, input_zero=None) if operator.static else operator
+    children = operator.children()
+    if not children:
+        return operator
+    changed = {name: rounded_as_they_come(child) for name, child in children.items()}
+    if all(changed[name] is child for name, child in children.items()):
+        return operator
+    return type(operator).build(operator.fields(), operator.own_tensors(), changed)
 
 
 def outline_quantized(
@@ -165,6 +207,7 @@ def outline_quantized(
     activations: bool = False,
     per_token: bool = True,
     per_tensor: bool = False,
+    static: bool = False,
 ) -> Quantized:
     """Return what `fit_quantized` would make, on the meta device."""
     m, n = shape
@@ -180,4 +223,6 @@ def outline_quantized(
         activations,
         dtype,
         per_token,
+        torch.empty(1, device="meta") if static else None,
+        torch.empty(1, dtype=torch.int8, device="meta") if static else None,
     )

@@ -45,6 +45,10 @@ class OverBase(NamedForm):
         return self.inner().needs_loss
 
     @property
+    def needs_data(self) -> bool:
+        return self.inner().needs_data
+
+    @property
     def fixed_point(self) -> bool:
         return False  # what is chosen around the base is chosen anew for what it made
 
@@ -95,6 +99,7 @@ def scaled_stats(stats: Stats, factor: Tensor) -> Stats:
         mean=stats.mean * factor,
         absmax=stats.absmax * factor.abs(),
         sizes=None,
+        ranges=None if stats.ranges is None else (stats.ranges * factor).sort(0).values,
         sample=None if stats.sample is None else (stats.sample.double() * factor).to(stats.sample.dtype),
     )
 

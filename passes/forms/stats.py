@@ -44,6 +44,8 @@ class Stats:
         How many vectors were seen.
     sample
         (k, n), some of the vectors themselves, or None.
+    ranges
+        (2, n), the smallest and the largest x of each feature, or None.
     sizes
         int64 (`SIZES`,), how many of all inputs have a size within each of the bins of `sizes_of`, or None.
     row_importance, column_importance
@@ -64,6 +66,7 @@ class Stats:
     column_importance: Tensor | None = None
     sizes: Tensor | None = None
     cross: Tensor | None = None
+    ranges: Tensor | None = None
 
     @classmethod
     def from_inputs(cls, x: Tensor, *, sample: int = 0) -> Stats:
@@ -85,7 +88,7 @@ class Stats:
         absmax = vectors.abs().amax(0)
         stats = cls(vectors.T @ vectors, vectors.mean(0), absmax, vectors.shape[0], kept)
         stats.check(vectors.shape[1])
-        return replace(stats, sizes=sizes_of(vectors))
+        return replace(stats, sizes=sizes_of(vectors), ranges=torch.stack((vectors.amin(0), vectors.amax(0))))
 
     @classmethod
     def from_gram(cls, gram: Tensor, tokens: int = 1) -> Stats:
@@ -126,6 +129,7 @@ class Stats:
             "cross": (features, features),
             "column_importance": (features,),
             "sizes": (SIZES,),
+            "ranges": (2, features),
         }
         if self.row_importance is not None:
             shapes["row_importance"] = (self.row_importance.numel(),)
@@ -235,7 +239,7 @@ class Stats:
             if value is not None:
                 digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        for value in (self.sizes, self.cross):  # statistics of files that lack them keep their digest
+        for value in (self.sizes, self.cross, self.ranges):  # statistics of files that lack them keep their digest
             if value is not None:
                 digest.update(value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -256,7 +260,15 @@ class Stats:
             absmax = torch.minimum(absmax, gram.diagonal().clamp_min(0).sqrt())
         mean = matrix @ self.mean.double()
         return replace(
-            self, gram=gram, mean=mean, absmax=absmax, sample=sample, column_importance=None, sizes=None, cross=None
+            self,
+            gram=gram,
+            mean=mean,
+            absmax=absmax,
+            sample=sample,
+            column_importance=None,
+            sizes=None,
+            cross=None,
+            ranges=None,
         )
 
     def part(self, features: slice) -> Stats:
@@ -268,6 +280,7 @@ class Stats:
             self.tokens,
             None if self.sample is None else self.sample[:, features],
             column_importance=None if self.column_importance is None else self.column_importance[features],
+            ranges=None if self.ranges is None else self.ranges[:, features],
         )
 
 
