@@ -12,7 +12,7 @@ from recast.passes.base import Context, Pass, Soundness
 from recast.passes.errors_of import rounding_of
 from recast.passes.forms.gated import gates, ungated
 from recast.passes.forms.operator import Operator
-from recast.passes.forms.quantized import rounded_as_they_come
+from recast.passes.forms.quantized import without_grids
 from recast.passes.forms.rounded_inputs import rounds_to_floats, unrounded
 from recast.passes.meta import fake_values
 from recast.passes.module import OperatorModule
@@ -273,7 +273,7 @@ def check_operators(before: Program, after: Program, errors: dict[str, float]) -
                 y = y if module.order is None else y[..., module.order]
             else:
                 # Numbers made up here may be anywhere; a grid known beforehand is for those of the calibration.
-                y = rounded_as_they_come(operator).apply(x)
+                y = without_grids(operator).apply(x)
                 y = y if module.order is None else y[..., module.order]
             error = fidelity(x @ dense.T, y)["relative_error"]
         if error > slack + (0.05 if _rounds(operator) else 0.0):

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
+from recast.kernels.quantized_matmul.ops import largest_exact_code
 from recast.lowering.base import Lowering, Runner
 from recast.lowering.inline import inline_operators
 from recast.lowering.onnx.embeddings import Table, pack_tables, read_form, round_tables, tables_of
@@ -20,6 +21,7 @@ from recast.lowering.onnx.kept import write_kept
 from recast.lowering.onnx.kernels import kernels
 from recast.lowering.onnx.last import keep_last
 from recast.lowering.onnx.memory import without_memory
+from recast.lowering.onnx.qdq import all_pairs_fit, check_static, share_roundings
 from recast.lowering.onnx.session import load_session, needed, runner
 from recast.passes.module import OperatorModule
 from recast.patterns.errors import ArtifactError, TargetError
@@ -55,6 +57,10 @@ class OnnxRuntime(Lowering):
     embeddings
         Form of tables that inputs are looked up in, ``int4(group=32)``, say: `GatherBlockQuantized` unpacks the rows that are
         looked up. A head that is tied to a table and has the same bits and groups is held once with it.
+    style
+        ``qoperator`` for ONNX Runtime's own operators, ``qdq`` for QuantizeLinear and DequantizeLinear around standard ones,
+        which OpenVINO, TensorRT, QNN and DirectML read. Inputs then need scales beforehand: ``int8(activations=true,
+        static=true)``.
     """
 
     name: ClassVar[str] = "onnx"
@@ -71,6 +77,7 @@ class OnnxRuntime(Lowering):
         genai: bool = False,
         logits: str = "last",
         embeddings: str | None = None,
+        style: str = "qoperator",
     ) -> None:
         if opset < 21:
             raise TargetError(f"target 'onnx': opset is {opset}, at least 21 is needed")
@@ -82,8 +89,15 @@ class OnnxRuntime(Lowering):
             raise TargetError(f"target 'onnx': attention is {attention!r}; 'auto', 'grouped' or 'standard' would work")
         if logits not in ("last", "all"):
             raise TargetError(f"target 'onnx': logits is {logits!r}; 'last' or 'all' would work")
-        self.attention, self.genai, self.logits = attention, genai, logits
-        self.embeddings = embeddings
+        if style not in ("qoperator", "qdq"):
+            raise TargetError(f"target 'onnx': style is {style!r}; 'qoperator' or 'qdq' would work")
+        if style == "qdq" and (attention == "grouped" or accuracy_level or genai or embeddings):
+            raise TargetError(
+                "target 'onnx': style='qdq' is of standard operators alone; attention='grouped', accuracy_level, genai and embeddings "
+                "are of ONNX Runtime's own and go with style='qoperator'"
+            )
+        self.style, self.attention, self.genai = style, "standard" if style == "qdq" else attention, genai
+        self.logits, self.embeddings = logits, embeddings
         self._form = None if embeddings is None else read_form(embeddings)
         self._tables: list[Table] = []
         self.opset, self.accuracy_level = opset, accuracy_level
@@ -91,6 +105,7 @@ class OnnxRuntime(Lowering):
         self.inputs: list[str | None] = []
         self.outputs: list[list[Any]] = []
         self.decoder: dict[str, Any] | None = None  # of a decoder with its cache; see `Program`
+        self.pairs: bool | None = None  # of style 'qdq', see `all_pairs_fit`
         self.session: Any = None  # onnxruntime.InferenceSession
         self._kernels: dict[str, str] = {}
         self._notes: list[str] = []
@@ -107,19 +122,24 @@ class OnnxRuntime(Lowering):
         """Export, and make a session."""
         self.installed()
         check(program)
+        qdq = self.style == "qdq"
+        if qdq:
+            check_static(program)
+            self.pairs = all_pairs_fit(program)
         self._tables, said = tables_of(program, self._form) if self._form is not None else ([], [])
         said += map(str, self._tables)
         if program.decoder is not None and self.logits == "last":
             program, count = keep_last(program)
             said += [f"logits: of the last token alone, for which {count} operations are computed"]
-        inlined, self._kernels = inline_operators(program, kernels(self.accuracy_level))
+        inlined, self._kernels = inline_operators(program, kernels(self.accuracy_level, qdq))
         without_memory(inlined)
         write_kept(inlined, self.opset)
         drop_guards(inlined)
         pack_tables(inlined, self._tables)
         self.decoder = self._group(inlined)
         self._notes += said
-        fuse(inlined)
+        share_roundings(inlined)
+        fuse(inlined, standard=qdq)
         self.inputs, self.outputs = input_names(inlined), output_kinds(inlined)
         self._model = export(inlined, _sites(program), self.opset)
         if self.decoder is not None:
@@ -127,11 +147,11 @@ class OnnxRuntime(Lowering):
         with tempfile.TemporaryDirectory(prefix="recast-onnx-") as folder:
             if self._external:
                 self.write(Path(folder))
-                self.session = load_session(Path(folder) / _MODEL, self.threads)
+                self.session = self._load(Path(folder) / _MODEL)
             else:
                 import onnx_ir
 
-                self.session = load_session(onnx_ir.to_proto(self._model).SerializeToString(), self.threads)
+                self.session = self._load(onnx_ir.to_proto(self._model).SerializeToString())
         return runner(self.session, self.inputs, self.outputs)
 
     def computes(self, program: Program) -> Program:
@@ -139,6 +159,11 @@ class OnnxRuntime(Lowering):
         if self._tables:
             program = round_tables(program, self._tables)
         return program if program.decoder is None or self.logits == "all" else keep_last(program)[0]
+
+    def _load(self, model: bytes | Path) -> Any:
+        """Make a session; in style 'qdq' products of integers where this CPU multiplies them exactly."""
+        exact = self.pairs is not None and (self.pairs or largest_exact_code() >= 127)
+        return load_session(model, self.threads, integers=exact)
 
     def _group(self, program: Program) -> dict[str, Any] | None:
         """Rewrite a decoder's attention, if it is one; gives what a generation loop has to know."""
@@ -202,11 +227,11 @@ class OnnxRuntime(Lowering):
         """Restore from `write`'s files; neither torch's exporter nor onnx is needed."""
         described = dict(data["lowering"])
         inputs, outputs, kernels = described.pop("inputs"), described.pop("outputs"), described.pop("kernels")
-        decoder = described.pop("decoder", None)
+        decoder, pairs = described.pop("decoder", None), described.pop("pairs", None)
         lowering = cls(**{"logits": "all", **described})  # as before there was a choice
         lowering.inputs, lowering.outputs, lowering._kernels = inputs, outputs, kernels
-        lowering._folder, lowering.decoder = folder.absolute(), decoder
-        lowering.session = load_session(lowering._folder / _MODEL, lowering.threads)
+        lowering._folder, lowering.decoder, lowering.pairs = folder.absolute(), decoder, pairs
+        lowering.session = lowering._load(lowering._folder / _MODEL)
         return lowering, runner(lowering.session, inputs, outputs)
 
     def extra(self) -> dict[str, Any]:
@@ -220,6 +245,8 @@ class OnnxRuntime(Lowering):
             "genai": self.genai,
             "logits": self.logits,
             "embeddings": self.embeddings,
+            "style": self.style,
+            "pairs": self.pairs,
             "inputs": self.inputs,
             "outputs": self.outputs,
             "kernels": self._kernels,

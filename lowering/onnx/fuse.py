@@ -18,12 +18,12 @@ aten = torch.ops.aten
 _SYMBOLIC = torch.ops.onnx_symbolic._symbolic.default
 
 
-def fuse(program: Program) -> None:
-    """Rewrite in place; every rewrite is exact up to the order of additions."""
+def fuse(program: Program, standard: bool = False) -> None:
+    """Rewrite in place; every rewrite is exact up to the order of additions. With `standard`, into standard operators alone."""
     masks: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for node in list(program.graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
-            _attention(program, node, masks)
+            _attention(program, node, masks, standard)
     for node in list(program.graph.nodes):
         if node.target is aten.add.Tensor:
             _bias(program, node)
@@ -67,7 +67,7 @@ def _divide(program: Program, node: fx.Node) -> None:
             return
 
 
-def _attention(program: Program, node: fx.Node, masks: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> None:
+def _attention(program: Program, node: fx.Node, masks: dict[fx.Node, tuple[fx.Node, fx.Node]], standard: bool) -> None:
     """Write attention out: ONNX Runtime's CPU kernel for the whole of it is slower than its parts."""
     arguments = named(node)
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
@@ -90,7 +90,10 @@ def _attention(program: Program, node: fx.Node, masks: dict[fx.Node, tuple[fx.No
     def run(q: Tensor, k: Tensor, v: Tensor, *added: Tensor) -> Tensor:
         if shared:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-        scores = contrib("FusedMatMul", [q, k], [*q.shape[:-1], k.shape[-2]], transB=1, alpha=factor)
+        if standard:
+            scores = torch.matmul(q * factor, k.transpose(-1, -2))
+        else:
+            scores = contrib("FusedMatMul", [q, k], [*q.shape[:-1], k.shape[-2]], transB=1, alpha=factor)
         if causal:
             rows, columns = torch.arange(q.shape[-2]), torch.arange(k.shape[-2])
             scores = scores + torch.where(columns <= rows.unsqueeze(-1), 0.0, torch.finfo(torch.float32).min)
@@ -133,7 +136,9 @@ def splice(
 ) -> Any:
     """Write what `run` does with some nodes' values into the graph, before or after a node; gives its result's node or nodes."""
     with torch.no_grad():
-        traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*[o.meta["val"] for o in operands])
+        # Nodes copied from one another hold the same value, which tracing would take for one operand.
+        values = [o.meta["val"].detach() for o in operands]
+        traced = make_fx(run, pre_dispatch=True, tracing_mode="real")(*values)
     environment: dict[fx.Node, Any] = {}
     graph = program.graph
     where = graph.inserting_before(node.next if after else node)

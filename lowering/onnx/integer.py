@@ -11,7 +11,7 @@ from torch.onnx.ops import symbolic, symbolic_multi_out
 from recast.lowering.onnx.weights import contrib, narrow, wide
 from recast.passes.forms.quantized import Quantized
 
-__all__ = ["pairs_fit", "rounding_product"]
+__all__ = ["input_grid", "pairs_fit", "quantize", "rounding_product"]
 
 Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 Made = tuple[str, dict[str, Tensor], Run]
@@ -42,6 +42,8 @@ def rounding_product(operator: Quantized) -> Made | None:
     """
     if operator.group is not None and operator.group < operator.shape[1]:
         return None
+    if operator.static:
+        return _static(operator)
     return _per_token(operator) if operator.per_token else _per_tensor(operator)
 
 
@@ -71,6 +73,37 @@ def _per_tensor(operator: Quantized) -> Made:
         return narrow(contrib("MatMulIntegerToFloat", _trim(inputs), [*x.shape[:-1], m]), x)
 
     return _name("DynamicQuantizeLinear", held), held, run
+
+
+def _static(operator: Quantized) -> Made:
+    m = operator.shape[0]
+    held = {**_weights(operator, operator.values), **input_grid(operator)}
+
+    def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        codes, scale, zero = quantize(tensors, wide(x)), tensors["input_scale"], tensors["input_zero"]
+        inputs = [codes, tensors["values"], scale, tensors["scale"], zero, tensors.get("zero")]
+        return narrow(contrib("MatMulIntegerToFloat", _trim(inputs), [*x.shape[:-1], m]), x)
+
+    return _name("QuantizeLinear", held), held, run
+
+
+def input_grid(operator: Quantized, signed: bool = False) -> dict[str, Tensor]:
+    """Scale and zero point of an operator's inputs: for unsigned codes, as x86 multiplies them and OpenVINO wants them.
+
+    With `signed` a zero point of 0 keeps signed codes, the only ones that TensorRT knows.
+    """
+    assert operator.input_scale is not None
+    assert operator.input_zero is not None
+    scale, zero = operator.input_scale.float().reshape(()), operator.input_zero.reshape(())
+    if not signed or int(zero) != 0:
+        zero = (zero.to(torch.int16) + 128).to(torch.uint8)
+    return {"input_scale": scale, "input_zero": zero}
+
+
+def quantize(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Emit QuantizeLinear of x (..., n) on a grid of `input_grid`."""
+    zero = tensors["input_zero"]
+    return symbolic("QuantizeLinear", (x, tensors["input_scale"], zero), {}, dtype=zero.dtype, shape=x.shape)
 
 
 def _per_token(operator: Quantized) -> Made:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from recast.lowering.inline import Choose
 from recast.lowering.onnx.integer import rounding_product
+from recast.lowering.onnx.qdq import quantized_product
 from recast.lowering.onnx.weights import dequantized, four_bit
 from recast.lowering.packed import Packed, chooser, plain
 from recast.passes.forms.block_diagonal import BlockDiagonal
@@ -22,16 +23,16 @@ __all__ = ["kernels"]
 STANDARD = "standard operators"
 
 
-def kernels(accuracy_level: int = 0) -> Choose:
-    """Choice of kernels for `recast.lowering.inline.inline_operators`."""
+def kernels(accuracy_level: int = 0, qdq: bool = False) -> Choose:
+    """Choice of kernels for `recast.lowering.inline.inline_operators`; with `qdq`, of standard operators alone."""
 
     def leaf(operator: Operator) -> Packed | None:
-        return _leaf(operator, accuracy_level)
+        return _leaf(operator, accuracy_level, qdq)
 
     return chooser(leaf, STANDARD)
 
 
-def _leaf(operator: Operator, accuracy_level: int) -> Packed | None:
+def _leaf(operator: Operator, accuracy_level: int, qdq: bool) -> Packed | None:
     """Lay an operator out for ONNX Runtime; what no kernel serves runs as the operator's own torch code."""
     if isinstance(operator, Sparse) and not isinstance(operator, ColumnSparse):
         # ONNX Runtime has no product with packed sparse weights: zeros are written out, in memory and in the file.
@@ -44,7 +45,7 @@ def _leaf(operator: Operator, accuracy_level: int) -> Packed | None:
         # Stored (in, out), as MatMul wants it: no Transpose in the file.
         return Packed(operator, "MatMul", {"weight": operator.weight.t().contiguous()}, _matmul)
     if isinstance(operator, Quantized):
-        return _quantized(operator, accuracy_level)
+        return _quantized(operator, accuracy_level, qdq)
     if isinstance(operator, BlockDiagonal):
         return Packed(operator, "batched MatMul", {"blocks": operator.blocks.transpose(1, 2).contiguous()}, _blocks)
     return None
@@ -61,14 +62,14 @@ def _blocks(held: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return y.reshape(*x.shape[:-1], b * p)
 
 
-def _quantized(operator: Quantized, accuracy_level: int) -> Packed | None:
+def _quantized(operator: Quantized, accuracy_level: int, qdq: bool) -> Packed | None:
     if operator.scale.dtype != torch.float32:
         return None
     source, operator = operator, operator.by_row()
     if operator.activations:
-        rounding = rounding_product(operator)
+        rounding = quantized_product(operator) if qdq else rounding_product(operator)
         return None if rounding is None else Packed(source, *rounding)
-    if operator.bits == 4:
+    if operator.bits == 4 and not qdq:
         made = four_bit(operator, accuracy_level)
         if made is not None:
             return Packed(source, *made)

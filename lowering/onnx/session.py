@@ -30,15 +30,26 @@ def needed(name: str) -> Any:
         ) from error
 
 
-def load_session(model: bytes | Path, threads: int | None) -> Any:
-    """Make an InferenceSession on the CPU; `threads` is by default what torch uses."""
+def load_session(model: bytes | Path, threads: int | None, integers: bool = False) -> Any:
+    """Make an InferenceSession on the CPU.
+
+    Parameters
+    ----------
+    model
+        A serialized model, or its file.
+    threads
+        By default what torch uses.
+    integers
+        Make products of integers of those between QuantizeLinear and DequantizeLinear.
+    """
     runtime = needed("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Weights kept small in the file by DequantizeLinear are unpacked once, at load, and not in every call.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if not integers:
+        # Weights kept small in the file by DequantizeLinear are unpacked once, at load, and not in every call.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     source = model if isinstance(model, bytes) else str(model)
     try:
         return runtime.InferenceSession(

@@ -13,7 +13,7 @@ from torch import Tensor
 from recast.kernels.quantized_matmul import reference
 from recast.passes.forms.operator import Cost, Operator, dtype_from_name, dtype_name, matmul_cost
 
-__all__ = ["Quantized", "outline_quantized", "rounded_as_they_come"]
+__all__ = ["Quantized", "outline_quantized", "without_grids"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -184,14 +184,14 @@ class Quantized(Operator):
         return replace(self, compute=dtype)
 
 
-def rounded_as_they_come(operator: Operator) -> Operator:
-    """Return the same operator with no grid for inputs known beforehand: each is rounded over the range it has."""
+def without_grids(operator: Operator) -> Operator:
+    """Return the same operator with inputs as they are where it would round them on a grid known beforehand."""
     if isinstance(operator, Quantized):
-        return replace(operator, input_scale=None, input_zero=None) if operator.static else operator
+        return replace(operator, activations=False, input_scale=None, input_zero=None) if operator.static else operator
     children = operator.children()
     if not children:
         return operator
-    changed = {name: rounded_as_they_come(child) for name, child in children.items()}
+    changed = {name: without_grids(child) for name, child in children.items()}
     if all(changed[name] is child for name, child in children.items()):
         return operator
     return type(operator).build(operator.fields(), operator.own_tensors(), changed)

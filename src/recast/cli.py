@@ -262,6 +262,13 @@ def optimize(
     genai: Annotated[
         bool, typer.Option("--genai", help="With --cache: write genai_config.json for onnxruntime-genai too.")
     ] = False,
+    style: Annotated[
+        str | None,
+        typer.Option(
+            "--style",
+            help="Of --target onnx: qoperator for ONNX Runtime, qdq for OpenVINO, TensorRT, QNN and DirectML.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -291,6 +298,7 @@ def optimize(
         genai=genai,
         accuracy_level=accuracy_level,
         embeddings=embeddings,
+        style=style,
     )
     report = optimize_model(request, _say)
     if as_json:

@@ -126,7 +126,7 @@ def test_an_operator_is_restored_from_fields_and_tensors() -> None:
     outline = Form.parse(STATIC).outline((4, 12), torch.float32)
     assert outline is not None
     assert outline.nbytes == operator.nbytes
-    old = {name: value for name, value in Form.parse("int8").fit(torch.randn(4, 12)).fields().items()}
+    old = Form.parse("int8").fit(torch.randn(4, 12)).fields()
     assert "static" not in old
 
 
