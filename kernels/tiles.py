@@ -104,9 +104,10 @@ class Cut:
     per_split: int
     grid: tuple[int, int, int]
 
-    def partial(self, out: Tensor) -> Tensor:
-        """Where sums go: the result (tokens, rows) itself, or float32 (splits, tokens, rows)."""
-        return out if self.splits == 1 else out.new_empty((self.splits, *out.shape), dtype=torch.float32)
+    def partial(self, out: Tensor, rows: int | None = None) -> Tensor:
+        """Where sums go: the result (tokens, outputs) itself, or float32 (splits, tokens, rows), by default as many as outputs."""
+        shape = self.splits, out.shape[0], out.shape[1] if rows is None else rows
+        return out if self.splits == 1 else out.new_empty(shape, dtype=torch.float32)
 
 
 def cut(x: Tensor, rows: int, pieces: int, tile: Tile | None = None, splits: int | None = None) -> Cut:

@@ -40,8 +40,9 @@ def inline_operators(program: Program, choose: Choose) -> tuple[Program, dict[st
     Returns
     -------
     program, kernels
-        A program without operator nodes, and the kernel of each site. Tensors of operators are buffers named
-        ``recast_operators.<site>.<tensor>``, so that caches of compiled code are keyed by their shapes and not by their values.
+        A program without operator nodes, and the kernel of each site. What runs a site has its name as ``meta["recast_site"]``.
+        Tensors of operators are buffers named ``recast_operators.<site>.<tensor>``, so that caches of compiled code are keyed by
+        their shapes and not by their values.
     """
     flat = inline_dialect(program)
     result = program.copy() if flat is program else flat
@@ -70,7 +71,7 @@ def inline_operators(program: Program, choose: Choose) -> tuple[Program, dict[st
         )
         if alike not in emitted:
             emitted[alike] = _emit(module, operator, emit, operands, list(held.values()), mode)
-        _insert(result, node, emitted[alike], list(held))
+        _insert(result, node, emitted[alike], list(held), module.site)
     for path, (_, operator, _) in chosen.items():
         module = result.module.get_submodule(path)
         assert isinstance(module, OperatorModule)
@@ -135,7 +136,7 @@ def _emit(
     return _Emitted(traced.graph, fakes)
 
 
-def _insert(program: Program, node: fx.Node, emitted: _Emitted, held: list[str]) -> None:
+def _insert(program: Program, node: fx.Node, emitted: _Emitted, held: list[str], site: str) -> None:
     """Put a copy of what was emitted in the place of a node; `held` are the paths its tensors will have."""
     graph = program.graph
     placeholders = emitted.graph.find_nodes(op="placeholder")
@@ -147,6 +148,7 @@ def _insert(program: Program, node: fx.Node, emitted: _Emitted, held: list[str])
         for inner in emitted.graph.nodes:
             if inner.op == "call_function":
                 environment[inner] = graph.node_copy(inner, lambda n: environment[n])
+                environment[inner].meta["recast_site"] = site
                 for key in ("stack_trace", "nn_module_stack"):
                     if key in node.meta:
                         environment[inner].meta[key] = node.meta[key]

@@ -93,7 +93,7 @@ def launch(
     (tokens, m) in x's dtype.
     """
     from recast.kernels.bitmap_matmul.triton import bitmap_matmul_kernel
-    from recast.kernels.quantized_matmul.launch import add_up
+    from recast.kernels.epilogue.launch import add_up
 
     tokens, features = x.shape
     out = x.new_empty((tokens, rows))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from recast.kernels.quantized_matmul.triton import store_tile
+from recast.kernels.epilogue.triton import store_tile
 
 __all__ = ["bitmap_matmul_kernel", "write_out_kernel"]
 

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recast.kernels.epilogue import launch as epilogues
+from recast.kernels.epilogue.reference import NOTHING, Epilogue
 from recast.kernels.tiles import Cut, Tile, cut, interpreting, on_device, precision_of
 
-__all__ = ["DTYPES", "TILES", "block_tile", "constants", "fitted", "launch", "step_of", "sums_as_loaded"]
+__all__ = ["DTYPES", "TILES", "block_tile", "constants", "finishing", "fitted", "launch", "step_of", "sums_as_loaded"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -106,6 +108,11 @@ def constants(
     }
 
 
+def finishing(epilogue: Epilogue) -> dict[str, object]:
+    """Return the kernel's constants for what is done with sums; it knows no gates."""
+    return {name: value for name, value in epilogues.constants(epilogue).items() if name != "GATED"}
+
+
 def sums_as_loaded(splits: int, tokens: int, tile: Tile, dtype: torch.dtype) -> bool:
     """Say whether a tile that adds up partial sums while loading them reads no more of these than of its weight.
 
@@ -129,6 +136,7 @@ def launch(
     scatter: Tensor | None = None,
     in_grid: Sequence[int] = (),
     out_grid: Sequence[int] = (),
+    epilogue: Epilogue = NOTHING,
     tile: Tile | None = None,
     splits: int | None = None,
     add: bool = True,
@@ -153,6 +161,8 @@ def launch(
         Where the blocks' inputs stand in x, as `reference.block_matmul` has it: an int32 index, or a grid, or as they are.
     scatter, out_grid
         Where their outputs stand in the result.
+    epilogue
+        What is done with sums before they are stored, unless they are the result; nothing that is gated.
     tile, splits
         Chosen by the number of tokens and the device if not given.
     add
@@ -165,14 +175,13 @@ def launch(
     (tokens, rows) in the blocks' dtype, or float32 (splits, tokens, rows).
     """
     from recast.kernels.block_diagonal_matmul.triton import block_matmul_kernel
-    from recast.kernels.quantized_matmul.launch import add_up
 
     backend = "cuda" if torch.version.hip is None else "hip"
     tile = tile or block_tile(x.shape[-2], backend, blocks.dtype)
     if x.dim() == 3:
         if as_loaded is None:
             as_loaded = sums_as_loaded(x.shape[0], x.shape[1], tile, blocks.dtype)
-        x = x if as_loaded else add_up(x.contiguous(), torch.empty_like(x[0], dtype=blocks.dtype))
+        x = x if as_loaded else epilogues.add_up(x.contiguous(), torch.empty_like(x[0], dtype=blocks.dtype))
     sums = x if x.dim() == 3 else x.unsqueeze(0)
     summed, tokens, features = sums.shape
     count, height, columns = blocks.shape
@@ -187,18 +196,19 @@ def launch(
     step = step_of(columns, tile, summed, blocks.dtype)
     cuts = _cut(sums[0], count, height, max(1, -(-columns // step)), tile, splits)
     partial = cuts.partial(out)
+    inside = epilogue if partial is out else NOTHING
     orders = _order(gather, in_grid), _order(scatter, out_grid)
     runs = _run(in_grid, width, orders[0]), _run(out_grid, height, orders[1])
     with on_device(x):
         block_matmul_kernel[cuts.grid](
-            sums, blocks, _or(bias, x), _or(gather, x), _or(scatter, x), partial,
+            sums, blocks, _or(bias, x), _or(inside.factor, x), _or(inside.residual, x), _or(gather, x), _or(scatter, x), partial,
             tokens, rows, features, height, width, columns, last_columns, -(-height // tile.rows),
             *(in_grid or (1, 1, 1)), *(out_grid or (1, 1, 1)),
             sums.stride(1), sums.stride(0), *blocks.stride(), rows, tokens * rows, cuts.per_split,
-            HAS_BIAS=bias is not None, num_warps=tile.warps, num_stages=tile.stages,
+            HAS_BIAS=bias is not None, **finishing(inside), num_warps=tile.warps, num_stages=tile.stages,
             **constants(blocks.dtype, tile, step, backend=backend, summed=summed, orders=orders, runs=runs),
         )  # fmt: skip
-        return add_up(partial, out) if add else partial
+        return epilogues.add_up(partial, out, epilogue) if add else partial
 
 
 def _cut(x: Tensor, count: int, height: int, steps: int, tile: Tile, splits: int | None) -> Cut:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from recast.kernels.block_diagonal_matmul.launch import TILES, block_tile, constants, fitted, step_of
+from recast.kernels.block_diagonal_matmul.launch import TILES, block_tile, constants, finishing, fitted, step_of
+from recast.kernels.epilogue.launch import described
+from recast.kernels.epilogue.reference import NOTHING, Epilogue
 from recast.kernels.offline import TARGETS, Case
 from recast.kernels.tiles import Tile
 
@@ -26,6 +28,7 @@ def cases(target: str) -> Iterator[Case]:
     for tile in tiles[:-1]:
         yield _case(target, "low rank, first product", tile, 512)
     yield _case(target, "low rank, second product of 8 sums", few, 512, summed=8)
+    yield _case(target, "low rank, second product", few, 512, epilogue=Epilogue("gelu", residual=torch.empty(0)))
     yield _case(target, "low rank, gradient of x", few, 512, transposed=True)
     for tile in tiles:
         yield _case(target, "blocks of 128", tile, 128)
@@ -52,9 +55,10 @@ def _case(
     summed: int = 1,
     orders: tuple[str, str] = _AS_THEY_ARE,
     transposed: bool = False,
+    epilogue: Epilogue = NOTHING,
 ) -> Case:
     number = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    pointers = dict.fromkeys(("x", "weight", "bias", "gather", "scatter", "out"), number)
+    pointers = dict.fromkeys(("x", "weight", "bias", "factor", "residual", "gather", "scatter", "out"), number)
     pointers |= {"x": "*fp32" if summed > 1 else number} | dict.fromkeys(("gather", "scatter"), "*i32")
     fixed = "row_stride" if transposed else "column_stride"
     signature = pointers | dict.fromkeys((*_SIZES, *_GRIDS, *_STRIDES), "i32")
@@ -66,9 +70,9 @@ def _case(
     whole = ("rows", "features", "height", "width", "columns", "last_columns", "in_width", "out_width", *_STRIDES)
     return Case(
         kernel="recast.kernels.block_diagonal_matmul.triton:block_matmul_kernel",
-        name=f"{name}, {tile.tokens} tokens",
+        name=f"{name}{described(epilogue)}, {tile.tokens} tokens",
         signature=signature,
-        constants=known | {fixed: 1, "HAS_BIAS": True, "WIDE": False},
+        constants=known | {fixed: 1, "HAS_BIAS": True, "WIDE": False} | finishing(epilogue),
         aligned=(*pointers, *(name for name in whole if name != fixed)),
         num_warps=tile.warps,
         num_stages=tile.stages,

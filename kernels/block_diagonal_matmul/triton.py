@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from recast.kernels.epilogue.triton import finished
+
 __all__ = ["block_matmul_kernel"]
 
 
@@ -38,12 +40,12 @@ def _places(feature, mask, index, rows, columns, width, ORDER: tl.constexpr, RUN
 
 @triton.jit
 def block_matmul_kernel(
-    x, weight, bias, gather, scatter, out,
+    x, weight, bias, factor, residual, gather, scatter, out,
     tokens, rows, features, height, width, columns, last_columns, tiles,
     in_rows, in_columns, in_width, out_rows, out_columns, out_width,
     x_stride, x_split_stride, block_stride, row_stride, column_stride, out_stride, split_stride, per_split,
     SUMMED: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, IN_RUN: tl.constexpr, OUT_RUN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS outputs of a block and TOKENS vectors, over the inputs of one split.
@@ -63,6 +65,8 @@ def block_matmul_kernel(
         The same of outputs.
     IN_RUN, OUT_RUN
         So many features, from a multiple of that on, stand together in x and in the result.
+    factor, residual, ACTIVATION
+        What is done with sums, see `recast.kernels.epilogue.reference.Epilogue`; with several splits nothing.
     tiles, per_split
         Tiles of a block; steps of a split.
     SUMMED
@@ -108,5 +112,6 @@ def block_matmul_kernel(
         if split == 0:
             total += tl.load(bias + place, mask=row_mask, other=0.0).to(tl.float32)[:, None]
     # Neighbouring threads take neighbouring outputs of a vector, also where the compiler cannot see that they are.
-    there = out + split.to(tl.int64) * split_stride + token[:, None] * out_stride + place[None, :]
-    tl.store(there, total.trans().to(out.dtype.element_ty), mask=token_mask[:, None] & row_mask[None, :])
+    at, mask = token[:, None] * out_stride + place[None, :], token_mask[:, None] & row_mask[None, :]
+    found = finished(total.trans(), factor, residual, at, mask, ACTIVATION, HAS_FACTOR, HAS_RESIDUAL)
+    tl.store(out + split.to(tl.int64) * split_stride + at, found.to(out.dtype.element_ty), mask=mask)

@@ -10,7 +10,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from recast.kernels.quantized_matmul.launch import add_up
+from recast.kernels.eight_bit_matmul.reference import ROUNDED, Rounded
+from recast.kernels.epilogue import launch as epilogues
+from recast.kernels.epilogue.reference import NOTHING, Epilogue
 from recast.kernels.tiles import Tile, cut, interpreting, on_device, tile_for
 
 __all__ = ["launch", "piped", "step_of"]
@@ -39,7 +41,16 @@ def step_of(tile: Tile) -> int:
 
 
 def launch(
-    codes: Tensor, weight: Tensor, scale: Tensor, *, tile: Tile | None = None, splits: int | None = None
+    codes: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    *,
+    rounded: Rounded = ROUNDED,
+    bias: Tensor | None = None,
+    epilogue: Epilogue = NOTHING,
+    dtype: torch.dtype = torch.float32,
+    tile: Tile | None = None,
+    splits: int | None = None,
 ) -> Tensor:
     """Multiply vectors by a weight of the same format.
 
@@ -49,18 +60,24 @@ def launch(
         (tokens, n) and (m, n), both int8 or both float8_e4m3fn.
     scale
         (m,) float32.
+    rounded
+        How vectors were rounded.
+    bias
+        (m,) or None.
+    epilogue, dtype
+        What is done with sums before they are stored, and in which dtype they are.
     tile, splits
         Chosen by the number of tokens and the device if not given.
 
     Returns
     -------
-    (tokens, m) float32.
+    (tokens, m), or half as many columns if rows are gated.
     """
     from recast.kernels.eight_bit_matmul.triton import eight_bit_matmul_kernel
 
     tokens, features = codes.shape
     rows = weight.shape[0]
-    out = scale.new_empty((tokens, rows), dtype=torch.float32)
+    out = scale.new_empty((tokens, epilogue.outputs(rows)), dtype=dtype)
     if not out.numel():
         return out
     codes = codes if codes.stride(1) == 1 else codes.contiguous()
@@ -68,15 +85,18 @@ def launch(
     tile = piped(tile or tile_for(tokens))
     step = step_of(tile)
     cuts = cut(codes, rows, max(1, -(-features // step)), tile, splits)
-    partial = cuts.partial(out)
+    partial = cuts.partial(out, rows)
+    inside = epilogue if partial is out else NOTHING
+    optional = *rounded, bias, inside.factor, inside.residual
     integers, wide = codes.dtype == torch.int8, interpreting()
     if wide and not integers:
         codes, weight = codes.view(torch.uint8), weight.view(torch.uint8)
     with on_device(codes):
         eight_bit_matmul_kernel[cuts.grid](
-            codes, weight, scale, partial, tokens, rows, features,
-            codes.stride(0), weight.stride(0), rows, tokens * rows, cuts.per_split,
-            INTEGERS=integers, WIDE=wide,
+            codes, weight, scale, *(scale if t is None else t for t in optional), partial, tokens, rows, features,
+            codes.stride(0), weight.stride(0), partial.shape[-1], tokens * rows, cuts.per_split,
+            HAS_STEP=rounded.step is not None, HAS_ZERO=rounded.zero is not None, HAS_BIAS=bias is not None,
+            **epilogues.constants(inside), INTEGERS=integers, WIDE=wide,
             ROWS=tile.rows, TOKENS=tile.tokens, STEP=step, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return add_up(partial, out)
+        return epilogues.add_up(partial, out, epilogue)

@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from recast.kernels.quantized_matmul.reference import integer_matmul
 
-__all__ = ["eight_bit_matmul"]
+__all__ = ["ROUNDED", "Rounded", "eight_bit_matmul", "unrounded"]
+
+
+class Rounded(NamedTuple):
+    """How vectors were rounded: ``x = step (codes - zero)``.
+
+    Attributes
+    ----------
+    step, zero
+        (tokens,) float32, or None for 1 and 0.
+    offset
+        (m,) float32, sums of a weight's codes times their scale; needed with `zero`.
+    """
+
+    step: Tensor | None = None
+    zero: Tensor | None = None
+    offset: Tensor | None = None
+
+
+ROUNDED = Rounded()
+
+
+def unrounded(sums: Tensor, rounded: Rounded) -> Tensor:
+    """Return products of vectors from scaled sums of their codes, (tokens, m).
+
+    Examples
+    --------
+    >>> unrounded(torch.tensor([[5.0]]), Rounded(*map(torch.tensor, ([0.5], [3.0], [1.0])))).tolist()
+    [[1.0]]
+    """
+    if rounded.zero is not None and rounded.offset is not None:
+        sums = sums - rounded.zero[:, None] * rounded.offset
+    return sums if rounded.step is None else sums * rounded.step[:, None]
 
 
 def eight_bit_matmul(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

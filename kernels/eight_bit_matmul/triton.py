@@ -1,6 +1,6 @@
 """The product of vectors and a weight that both have eight bits, int8 or e4m3, on the matrix units that take such numbers as they are.
 
-``y[t, r] = scale[r] sum_k weight[r, k] x[t, k]``. Integers are added up in 32 bits, floats in float32. Hopper's units add products
+``y[t, r] = step[t] (scale[r] sum_k weight[r, k] x[t, k] - zero[t] offset[r]) + bias[r]``. Integers are added up in 32 bits, floats in float32. Hopper's units add products
 of e4m3 up with fourteen bits; after each 128 inputs such a sum is added to one in float32.
 
 This file is imported only where Triton is installed. `recast.kernels.eight_bit_matmul.launch` calls it.
@@ -11,15 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recast.kernels.quantized_matmul.triton import store_tile
+from recast.kernels.epilogue.triton import store_finished
 
 __all__ = ["eight_bit_matmul_kernel"]
 
 
 @triton.jit
 def eight_bit_matmul_kernel(
-    x, weight, scale, out,
+    x, weight, scale, step, zero, offset, bias, factor, residual, out,
     tokens, rows, features, x_stride, weight_stride, out_stride, split_stride, per_split,
+    HAS_STEP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     INTEGERS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS outputs and TOKENS vectors, over the inputs of one split.
@@ -27,8 +29,12 @@ def eight_bit_matmul_kernel(
     Parameters
     ----------
     x, weight, scale, out
-        (tokens, features); (rows, features); (rows,); (tokens, rows) float32, or with several splits (splits, tokens, rows), a
+        (tokens, features); (rows, features); (rows,); (tokens, rows), or with several splits float32 (splits, tokens, rows), a
         partial sum each.
+    step, zero, offset, bias
+        (tokens,) and (tokens,), where tokens were rounded by steps, and from a zero, of their own; (rows,) and (rows,).
+    factor, residual, ACTIVATION, GATED
+        What is done with sums, see `recast.kernels.epilogue.reference.Epilogue`; with several splits nothing.
     per_split
         Steps of a split.
     INTEGERS
@@ -60,4 +66,16 @@ def eight_bit_matmul_kernel(
         else:
             total = tl.dot(numbers, vectors, total, max_num_imprecise_acc=128)
     scaled = total.to(tl.float32) * tl.load(scale + row, mask=row_mask, other=0.0)[:, None]
-    store_tile(out + split.to(tl.int64) * split_stride, scaled, row, row_mask, token, token_mask, out_stride)
+    if HAS_ZERO:
+        if split == 0:
+            moved = tl.load(offset + row, mask=row_mask, other=0.0)[:, None]
+            scaled -= moved * tl.load(zero + token, mask=token_mask, other=0.0)[None, :]
+    if HAS_STEP:
+        scaled *= tl.load(step + token, mask=token_mask, other=0.0)[None, :]
+    if HAS_BIAS:
+        if split == 0:
+            scaled += tl.load(bias + row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+    store_finished(
+        out + split.to(tl.int64) * split_stride, scaled, factor, residual, row_tile * ROWS, rows, token, token_mask, out_stride,
+        ACTIVATION, GATED, HAS_FACTOR, HAS_RESIDUAL, ROWS, TOKENS,
+    )  # fmt: skip

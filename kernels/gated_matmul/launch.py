@@ -81,8 +81,8 @@ def launch_columns(x: Tensor, columns: Tensor, bias: Tensor | None, *, splits: i
     -------
     (tokens, m) in x's dtype.
     """
+    from recast.kernels.epilogue.launch import add_up
     from recast.kernels.gated_matmul.triton import columns_matmul_kernel
-    from recast.kernels.quantized_matmul.launch import add_up
 
     (tokens, features), rows = x.shape, columns.shape[1]
     out = x.new_empty((tokens, rows))

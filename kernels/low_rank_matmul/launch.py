@@ -20,6 +20,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from recast.kernels.block_diagonal_matmul.launch import launch as launch_blocks
+from recast.kernels.epilogue.reference import NOTHING, Epilogue
 from recast.kernels.tiles import Tile
 
 __all__ = ["launch"]
@@ -31,6 +32,7 @@ def launch(
     right: Tensor,
     bias: Tensor | None,
     *,
+    epilogue: Epilogue = NOTHING,
     tile: Tile | None = None,
     splits: int | None = None,
     as_loaded: bool | None = None,
@@ -45,6 +47,8 @@ def launch(
         (m, rank) and (rank, n) in x's dtype, of any strides: transposed factors serve gradients.
     bias
         (m,) or None.
+    epilogue
+        What is done with the result before it is stored; nothing that is gated.
     tile, splits
         Of the first product; chosen by the number of tokens and the device if not given.
     as_loaded
@@ -55,4 +59,6 @@ def launch(
     (tokens, m) in x's dtype.
     """
     inner = launch_blocks(x, right.unsqueeze(0), None, right.shape[0], tile=tile, splits=splits, add=False)
-    return launch_blocks(inner, left.unsqueeze(0), bias, left.shape[0], tile=tile, splits=1, as_loaded=as_loaded)
+    return launch_blocks(
+        inner, left.unsqueeze(0), bias, left.shape[0], epilogue=epilogue, tile=tile, splits=1, as_loaded=as_loaded
+    )

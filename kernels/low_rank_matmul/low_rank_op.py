@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recast.kernels.epilogue.launch import finish
+from recast.kernels.epilogue.reference import Epilogue, backward, finished
 from recast.kernels.low_rank_matmul import reference
 from recast.kernels.low_rank_matmul.launch import launch
 from recast.kernels.tiles import interpreting
@@ -31,17 +33,29 @@ def bound_by_memory(dtype: torch.dtype) -> int:
     return {2: 64, 4: 16}.get(dtype.itemsize, 0)
 
 
-def _product(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, few: int) -> Tensor:
+def _product(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, few: int, epilogue: Epilogue) -> Tensor:
     """Vectors (tokens, n) times both factors, which have x's dtype."""
     kernel = (x.device.type == "cuda" or interpreting()) and x.dtype != torch.float64
     if kernel and (few == -1 or x.shape[0] <= few):
-        return launch(x, left, right, bias)
-    return reference.low_rank_matmul(x, left, right, bias)
+        return launch(x, left, right, bias, epilogue=epilogue)
+    y = reference.low_rank_matmul(x, left, right, bias)
+    if kernel and not epilogue.empty:
+        return finish(y.contiguous(), torch.empty_like(y, memory_format=torch.contiguous_format), epilogue)
+    return finished(y, epilogue)
 
 
 @torch.library.custom_op("recast::low_rank_matmul", mutates_args=())
-def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, few: int | None = None) -> Tensor:
-    """Multiply vectors by a weight of low rank, ``(x rightᵀ) leftᵀ + bias``.
+def low_rank_matmul(
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    few: int | None = None,
+    activation: str = "",
+    factor: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Multiply vectors by a weight of low rank, ``f((x rightᵀ) leftᵀ + bias) * factor + residual``.
 
     Parameters
     ----------
@@ -53,10 +67,19 @@ def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None,
         (m,) or None.
     few
         The most vectors for which the kernels run, -1 for any number; `bound_by_memory` of x's dtype if not given.
+    activation
+        f, one of `recast.kernels.epilogue.reference.ACTIVATIONS`, or "" for none.
+    factor, residual
+        (..., m) or None.
 
     Returns
     -------
-    (..., m) in x's dtype. Gradients reach x, both factors and the bias.
+    (..., m) in x's dtype. Gradients reach all tensors.
+
+    Raises
+    ------
+    ValueError
+        There is no such activation.
 
     Examples
     --------
@@ -66,35 +89,42 @@ def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None,
     """
     flat = x.reshape(-1, x.shape[-1])
     few = bound_by_memory(x.dtype) if few is None else few
-    y = _product(flat, left.to(x.dtype), right.to(x.dtype), None if bias is None else bias.to(x.dtype), few)
+    epilogue = Epilogue.of(activation, False, factor, residual)
+    y = _product(flat, left.to(x.dtype), right.to(x.dtype), None if bias is None else bias.to(x.dtype), few, epilogue)
     return y.reshape(*x.shape[:-1], left.shape[0])
 
 
 @low_rank_matmul.register_fake
-def _(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, few: int | None = None) -> Tensor:
+def _(x: Tensor, left: Tensor, *rest: Any, **more: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], left.shape[0]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.few = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.few, ctx.activation, factor, residual = inputs
+    ctx.save_for_backward(*tensors, factor, residual)
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, left, right, bias = ctx.saved_tensors
+    x, left, right, bias, factor, residual = ctx.saved_tensors
+    epilogue = Epilogue.of(ctx.activation, False, factor, residual)
     flat, back = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
     near, far = left.to(x.dtype), right.to(x.dtype)
-    to_x = to_left = to_right = to_bias = None
+    to_x = to_left = to_right = to_bias = to_factor = to_residual = None
+    if not epilogue.empty:
+        to_residual = None if residual is None else gradient
+        sums = low_rank_matmul(x, left, right, bias, ctx.few)
+        back, to_factor = backward(back, sums.reshape(-1, sums.shape[-1]), epilogue)
+        to_factor = None if factor is None or to_factor is None else to_factor.reshape(factor.shape)
     if ctx.needs_input_grad[0]:
         # The transposed weight is of low rank too, its factors the transposed ones in the other order.
-        to_x = low_rank_matmul(gradient, far.T, near.T, None, ctx.few)
+        to_x = low_rank_matmul(back, far.T, near.T, None, ctx.few).reshape(x.shape)
     if ctx.needs_input_grad[1]:
         to_left = (back.T @ (flat @ far.T)).to(left.dtype)
     if ctx.needs_input_grad[2]:
         to_right = ((back @ near).T @ flat).to(right.dtype)
     if bias is not None and ctx.needs_input_grad[3]:
         to_bias = back.sum(0).to(bias.dtype)
-    return to_x, to_left, to_right, to_bias, None
+    return to_x, to_left, to_right, to_bias, None, None, to_factor, to_residual
 
 
 low_rank_matmul.register_autograd(_gradients, setup_context=_keep)

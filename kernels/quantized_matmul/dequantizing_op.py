@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recast.kernels.epilogue.launch import finish
+from recast.kernels.epilogue.reference import Epilogue, backward, finished
 from recast.kernels.quantized_matmul.lanes import from_lanes
 from recast.kernels.quantized_matmul.launch import launch, write_out
 from recast.kernels.tiles import interpreting
@@ -75,8 +77,12 @@ def dequantizing_matmul(
     group: int,
     kind: str,
     few: int,
+    activation: str = "",
+    gated: bool = False,
+    factor: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Multiply vectors by a weight of packed codes, ``x Wᵀ + (x rightᵀ) leftᵀ + bias``.
+    """Multiply vectors by a weight of packed codes, ``f(x Wᵀ + (x rightᵀ) leftᵀ + bias) * factor + residual``.
 
     Parameters
     ----------
@@ -99,10 +105,20 @@ def dequantizing_matmul(
     few
         The most vectors for which codes are decoded on their way to the matrix units; more than that are multiplied with the
         weight written out, by the matrix library. 0 or less: always decoded.
+    activation, gated
+        f, one of `recast.kernels.epilogue.reference.ACTIVATIONS` or "" for none; whether rows of a gate and of what it gates come in
+        turns (`reference.in_turns`): then there are m / 2 outputs, f of the gate times the other.
+    factor, residual
+        As many as there are outputs, or None.
 
     Returns
     -------
-    (..., m) in x's dtype. Gradients reach x, bias, left and right; codes and scales are constants.
+    (..., m), or (..., m / 2), in x's dtype. Gradients reach x, bias, left, right, factor and residual; codes and scales are constants.
+
+    Raises
+    ------
+    ValueError
+        There is no such activation.
 
     Examples
     --------
@@ -115,6 +131,7 @@ def dequantizing_matmul(
     [[2.0, 14.0]]
     """
     flat = x.reshape(-1, x.shape[-1])
+    epilogue = Epilogue.of(activation, gated, factor, residual)
     if x.device.type == "cuda" or (interpreting() and x.dtype != torch.float64):
         inner = None if right is None else torch.nn.functional.linear(flat, right.to(x.dtype))
         near = None if left is None else left.to(x.dtype).contiguous()
@@ -122,12 +139,14 @@ def dequantizing_matmul(
         operands = values, high_values, scale, zero, pairs if paired else table
         coded: dict[str, Any] = {"bits": bits, "group": group, "kind": "pairs" if paired else kind}
         if few <= 0 or flat.shape[0] <= few:
-            y = launch(flat, *operands, bias, near, inner, **coded)
+            y = launch(flat, *operands, bias, near, inner, **coded, epilogue=epilogue)
         else:
             weight = write_out(*operands, **coded, features=x.shape[-1], dtype=x.dtype)
             y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
             if near is not None and inner is not None:
                 y = torch.addmm(y, inner, near.T)
+            if not epilogue.empty:
+                y = finish(y.contiguous(), y.new_empty((len(y), epilogue.outputs(y.shape[1]))), epilogue)
     else:
         weight = written_out(
             values, high_values, scale, zero, table,
@@ -136,23 +155,33 @@ def dequantizing_matmul(
         y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
         if left is not None and right is not None:
             y = y + torch.nn.functional.linear(torch.nn.functional.linear(flat, right.to(x.dtype)), left.to(x.dtype))
-    return y.reshape(*x.shape[:-1], values.shape[0])
+        y = finished(y, epilogue)
+    return y.reshape(*x.shape[:-1], epilogue.outputs(values.shape[0]))
 
 
 @dequantizing_matmul.register_fake
-def _(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], values.shape[0]))
+def _(x: Tensor, values: Tensor, *rest: Any, activation: str = "", gated: bool = False, **more: Any) -> Tensor:
+    gated = rest[13] if len(rest) > 13 else gated
+    return x.new_empty((*x.shape[:-1], values.shape[0] // (2 if gated else 1)))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:10])
-    ctx.settings = inputs[10:]
+    ctx.save_for_backward(*inputs[:10], *inputs[16:])
+    ctx.settings = inputs[10:16]
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, high_values, scale, zero, table, _, bias, left, right = ctx.saved_tensors
-    bits, group, kind, _ = ctx.settings
+    *given, factor, residual = ctx.saved_tensors
+    x, values, high_values, scale, zero, table, _, bias, left, right = given
+    bits, group, kind, few, activation, gated = ctx.settings
+    epilogue = Epilogue.of(activation, gated, factor, residual)
     flat, back = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    to_factor = to_residual = None
+    if not epilogue.empty:
+        to_residual = None if residual is None else gradient
+        sums = dequantizing_matmul(*given, bits, group, kind, few)
+        back, to_factor = backward(back, sums.reshape(-1, sums.shape[-1]), epilogue)
+        to_factor = None if factor is None or to_factor is None else to_factor.reshape(factor.shape)
     to_x = to_bias = to_left = to_right = None
     if ctx.needs_input_grad[0]:
         weight = written_out(
@@ -169,7 +198,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         to_left = (back.T @ (flat @ right.to(x.dtype).T)).to(left.dtype)
     if right is not None and ctx.needs_input_grad[9]:
         to_right = ((back @ left.to(x.dtype)).T @ flat).to(right.dtype)
-    return (to_x, None, None, None, None, None, None, to_bias, to_left, to_right, None, None, None, None)
+    return (to_x, *[None] * 6, to_bias, to_left, to_right, *[None] * 6, to_factor, to_residual)
 
 
 dequantizing_matmul.register_autograd(_gradients, setup_context=_keep)

@@ -10,13 +10,14 @@ import math
 import torch
 from torch import Tensor
 
+from recast.kernels.epilogue import launch as epilogues
+from recast.kernels.epilogue.reference import NOTHING, Epilogue
 from recast.kernels.quantized_matmul.lanes import block_of
 from recast.kernels.tiles import Tile, cut, interpreting, on_device, precision_of
 
 __all__ = [
     "KINDS",
     "WRITTEN_OUT",
-    "add_up",
     "constants",
     "launch",
     "middle_of",
@@ -110,6 +111,7 @@ def launch(
     bits: int,
     group: int,
     kind: str,
+    epilogue: Epilogue = NOTHING,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> Tensor:
@@ -131,18 +133,20 @@ def launch(
         (m, rank) and (tokens, rank): their product is added, in the same pass. Or None.
     bits, group, kind
         2, 3, 4 or 8; inputs in a group, a multiple of 16, 0 for all; one of `KINDS`.
+    epilogue
+        What is done with sums before they are stored.
     tile, splits
         Chosen by the number of tokens and the device if not given.
 
     Returns
     -------
-    (tokens, m) in x's dtype.
+    (tokens, m) in x's dtype, or half as many columns if rows are gated.
     """
     from recast.kernels.quantized_matmul.triton import dequantizing_matmul_kernel
 
     tokens, features = x.shape
     rows = values.shape[0]
-    out = x.new_empty((tokens, rows))
+    out = x.new_empty((tokens, epilogue.outputs(rows)))
     if not out.numel():
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -153,19 +157,21 @@ def launch(
     width = steps_of(bits, group) * 16
     sums = sums_of(x, width, -(-blocks * block_of(bits) // width)) if needs_sums else None
     middle = None if zero is None else zero.to(torch.float32) + middle_of(bits, kind, x.dtype)
-    partial = cuts.partial(out)
+    partial = cuts.partial(out, rows)
+    inside = epilogue if partial is out else NOTHING  # sums are complete only when they are added up
     with on_device(x):
         dequantizing_matmul_kernel[cuts.grid](
             x, _or(sums, x), values, _or(high_values, values), _or(scale, x), _or(middle, x), _or(table, x),
-            _or(left, x), _or(inner, x), _or(bias, x), partial,
+            _or(left, x), _or(inner, x), _or(bias, x),
+            _or(inside.factor, x), _or(inside.residual, x), partial,
             tokens, rows, features, 1 if scale is None else scale.shape[0], blocks, 0 if left is None else left.shape[1],
             x.stride(0), tokens, values.stride(0), 0 if high_values is None else high_values.stride(0),
             rows, 0 if left is None else left.stride(0), 0 if inner is None else inner.stride(0),
-            rows, tokens * rows, cuts.per_split,
-            HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, RANK=_rank(left),
+            partial.shape[-1], tokens * rows, cuts.per_split,
+            HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, RANK=_rank(left), **epilogues.constants(inside),
             num_warps=cuts.tile.warps, num_stages=cuts.tile.stages, **fixed,
         )  # fmt: skip
-        return add_up(partial, out)
+        return epilogues.add_up(partial, out, epilogue)
 
 
 def write_out(
@@ -200,16 +206,6 @@ def write_out(
             values.stride(0), 0 if high_values is None else high_values.stride(0), rows, out.stride(0),
             HAS_SCALE=scale is not None, num_warps=tile.warps, **fixed,
         )  # fmt: skip
-    return out
-
-
-def add_up(partial: Tensor, out: Tensor) -> Tensor:
-    """Add up partial sums (splits, tokens, rows) into the result, unless they are the result."""
-    if partial is not out:
-        from recast.kernels.quantized_matmul.triton import sum_splits_kernel
-
-        count = out.numel()
-        sum_splits_kernel[(-(-count // 1024),)](partial, out, count, partial.shape[0], BLOCK=1024)
     return out
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from recast.kernels.epilogue import launch as epilogues
+from recast.kernels.epilogue.reference import NOTHING, Epilogue
 from recast.kernels.offline import TARGETS, Case
 from recast.kernels.quantized_matmul.launch import WRITTEN_OUT, constants
 from recast.kernels.tiles import TILES, Tile
@@ -22,13 +24,27 @@ CODES = (
     (4, 64, "pairs"),
     (8, 0, "float"),
 )
-_POINTERS = ("x", "values", "high_values", "scale", "middle", "table", "sums", "left", "inner", "bias", "out")
+_POINTERS = (
+    "x",
+    "values",
+    "high_values",
+    "scale",
+    "middle",
+    "table",
+    "sums",
+    "left",
+    "inner",
+    "bias",
+    "factor",
+    "residual",
+    "out",
+)
 _SIZES = ("tokens", "rows", "features", "groups", "blocks", "rank", "per_split")
 _STRIDES = ("x", "sums", "values", "high", "scale", "left", "inner", "out")
 
 
 def cases(target: str) -> Iterator[Case]:
-    """Every tile with four bits, the tile for one token with every code, zero points and a low-rank term."""
+    """Every tile with four bits, the tile for one token with every code, zero points, a low-rank term and epilogues."""
     tiles = TILES[TARGETS[target][0]]
     for _, tile in tiles:
         yield _case(4, 128, "integer", tile)
@@ -38,6 +54,9 @@ def cases(target: str) -> Iterator[Case]:
             yield _case(*code, one)
     yield _case(4, 128, "integer", one, zeros=True)
     yield _case(4, 128, "integer", one, rank=64)
+    for tile in (one, tiles[-1][1]):  # the latter has the fewest registers left
+        yield _case(4, 128, "integer", tile, epilogue=Epilogue("silu", gated=True))
+        yield _case(4, 128, "integer", tile, epilogue=Epilogue("gelu", residual=torch.empty(0)))
     for code in CODES:
         if code[2] != "float" or target != "sm_80":
             yield _written_out(*code)
@@ -71,18 +90,27 @@ def _said(bits: int, group: int, kind: str) -> str:
     return {"pairs": f"nf{bits}", "float": "fp8"}.get(kind, f"int{bits}") + f" g{group}" * bool(group)
 
 
-def _case(bits: int, group: int, kind: str, tile: Tile, *, zeros: bool = False, rank: int = 0) -> Case:
+def _case(
+    bits: int,
+    group: int,
+    kind: str,
+    tile: Tile,
+    *,
+    zeros: bool = False,
+    rank: int = 0,
+    epilogue: Epilogue = NOTHING,
+) -> Case:
     types = dict.fromkeys(_POINTERS, "*bf16") | dict.fromkeys(("values", "high_values"), "*i32")
     types |= dict.fromkeys(("scale", "middle", "sums"), "*fp32") | {"table": "*i32"}
     types |= dict.fromkeys(_SIZES, "i32") | {f"{name}_stride": "i32" for name in _STRIDES} | {"split_stride": "i64"}
     fixed = constants(bits, group, kind, torch.bfloat16, tile, zeros=zeros) | {"WIDE": False}
     aligned = (*_POINTERS, "rows", "features", "rank", *(f"{name}_stride" for name in _STRIDES if name != "sums"))
-    name = _said(bits, group, kind) + " zeros" * zeros + f" + rank {rank}" * bool(rank)
+    name = _said(bits, group, kind) + " zeros" * zeros + f" + rank {rank}" * bool(rank) + epilogues.described(epilogue)
     return Case(
         kernel="recast.kernels.quantized_matmul.triton:dequantizing_matmul_kernel",
         name=f"{name}, {tile.tokens} tokens",
         signature=types,
-        constants=fixed | {"HAS_SCALE": True, "HAS_BIAS": True, "RANK": rank},
+        constants=fixed | {"HAS_SCALE": True, "HAS_BIAS": True, "RANK": rank} | epilogues.constants(epilogue),
         aligned=aligned,
         num_warps=tile.warps,
         num_stages=tile.stages,

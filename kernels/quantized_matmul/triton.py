@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from recast.kernels.epilogue.triton import store_finished
+
 __all__ = [
     "decoded",
     "dequantizing_matmul_kernel",
@@ -22,8 +24,6 @@ __all__ = [
     "lane_words",
     "one_of_words",
     "row_order",
-    "store_tile",
-    "sum_splits_kernel",
     "write_out_kernel",
 ]
 
@@ -141,20 +141,14 @@ def _weight(words, high_words, table, FIRST: tl.constexpr, COUNT: tl.constexpr, 
 
 
 @triton.jit
-def store_tile(out, total, row, row_mask, token, token_mask, stride):
-    """Write a tile (ROWS, TOKENS) to ``out[token, row]``."""
-    there = out + token[None, :] * stride + row[:, None]
-    tl.store(there, total.to(out.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
-
-
-@triton.jit
 def dequantizing_matmul_kernel(
-    x, sums, values, high_values, scale, middle, table, left, inner, bias, out,
+    x, sums, values, high_values, scale, middle, table, left, inner, bias, factor, residual, out,
     tokens, rows, features, groups, blocks, rank,
     x_stride, sums_stride, values_stride, high_stride, scale_stride, left_stride, inner_stride, out_stride, split_stride,
     per_split,
     BITS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_MIDDLE: tl.constexpr, MIDDLE: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS outputs and TOKENS vectors, over the inputs of one split.
@@ -171,6 +165,8 @@ def dequantizing_matmul_kernel(
         float32 (steps, tokens): sums of x over inputs that share a scale, STEP times 16 of them.
     left, inner, bias
         (rows, rank), (tokens, rank): their product is added; (rows,).
+    factor, residual, ACTIVATION, GATED
+        What is done with sums, see `recast.kernels.epilogue.reference.Epilogue`; with several splits nothing.
     per_split
         Blocks of a split.
     BLOCK, STEP, GROUP
@@ -238,7 +234,10 @@ def dequantizing_matmul_kernel(
     if HAS_BIAS:
         if split == 0:
             total += tl.load(bias + row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-    store_tile(out + split.to(tl.int64) * split_stride, total, row, row_mask, token, token_mask, out_stride)
+    store_finished(
+        out + split.to(tl.int64) * split_stride, total, factor, residual, row_tile * ROWS, rows, token, token_mask, out_stride,
+        ACTIVATION, GATED, HAS_FACTOR, HAS_RESIDUAL, ROWS, TOKENS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -272,15 +271,3 @@ def write_out_kernel(
             weight *= tl.load(scale + where, mask=row_mask, other=0.0).to(tl.float32)[:, None]
         there = out + row[:, None] * out_stride + column[None, :]
         tl.store(there, weight.to(DTYPE), mask=row_mask[:, None] & (column < features)[None, :])
-
-
-@triton.jit
-def sum_splits_kernel(partial, out, count, splits, BLOCK: tl.constexpr):
-    """Add up (splits, count) float32 into (count,)."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    place = at
-    for _ in range(splits):
-        total += tl.load(partial + place, mask=at < count, other=0.0)
-        place += count
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)

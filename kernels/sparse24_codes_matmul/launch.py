@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from recast.kernels.quantized_matmul.launch import add_up, middle_of, sums_of
+from recast.kernels.epilogue.launch import add_up
+from recast.kernels.quantized_matmul.launch import middle_of, sums_of
 from recast.kernels.sparse24_codes_matmul.lanes import block_of
 from recast.kernels.tiles import Tile, cut, interpreting, on_device, precision_of, tile_for
 

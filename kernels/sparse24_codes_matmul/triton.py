@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recast.kernels.quantized_matmul.triton import decoded, in_order, lane_words, one_of_words, store_tile
+from recast.kernels.epilogue.triton import store_tile
+from recast.kernels.quantized_matmul.triton import decoded, in_order, lane_words, one_of_words
 
 __all__ = ["sparse24_codes_matmul_kernel"]
 

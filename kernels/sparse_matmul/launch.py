@@ -46,7 +46,7 @@ def launch(
     -------
     (tokens, m) in x's dtype, or float32 (splits, tokens, m).
     """
-    from recast.kernels.quantized_matmul.launch import add_up
+    from recast.kernels.epilogue.launch import add_up
     from recast.kernels.sparse_matmul.triton import sparse24_matmul_kernel
 
     tokens, features = x.shape

@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recast.kernels.quantized_matmul.triton import lane_words, one_of_words, store_tile
+from recast.kernels.epilogue.triton import store_tile
+from recast.kernels.quantized_matmul.triton import lane_words, one_of_words
 
 __all__ = ["sparse24_matmul_kernel"]
 

@@ -54,7 +54,7 @@ def launch(
     ValueError
         The values are of another dtype than x.
     """
-    from recast.kernels.quantized_matmul.launch import add_up
+    from recast.kernels.epilogue.launch import add_up
     from recast.kernels.unstructured_matmul.triton import unstructured_matmul_kernel
 
     if values.dtype != x.dtype:

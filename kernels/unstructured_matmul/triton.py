@@ -17,7 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recast.kernels.quantized_matmul.triton import in_order, row_order, store_tile
+from recast.kernels.epilogue.triton import store_tile
+from recast.kernels.quantized_matmul.triton import in_order, row_order
 
 __all__ = ["unstructured_matmul_kernel", "write_out_kernel"]
 

@@ -62,7 +62,7 @@ class Inductor(Lowering):
 
     def prepare(self, program: Program) -> Runner:
         """Compile on first call for each set of shapes that needs its own code; sizes that were dynamic stay so."""
-        inlined, self._kernels = inline_operators(program, self._choice())
+        inlined, self._kernels = self._inlined(program)
         compiled = compile_program(inlined, self._kernels, freezing=self.freezing, options=self.options)
 
         def run(leaves: list[Any]) -> list[Any]:
@@ -73,7 +73,11 @@ class Inductor(Lowering):
 
     def kernels(self, program: Program) -> dict[str, str]:
         """What `prepare` chose for each site, or would choose."""
-        return dict(self._kernels or inline_operators(program, self._choice())[1])
+        return dict(self._kernels or self._inlined(program)[1])
+
+    def _inlined(self, program: Program) -> tuple[Program, dict[str, str]]:
+        """The program without operator nodes, and the kernel of each site."""
+        return inline_operators(program, self._choice())
 
     def _choice(self) -> Choose:
         return choice(frozen=self.freezing, keep_dense=self.keep_dense, rounded=self.accuracy_level == 4)

@@ -11,7 +11,8 @@ from recast.kernels.tiles import interpreting
 from recast.lowering.base import Runner
 from recast.lowering.inductor import Inductor
 from recast.lowering.inline import Choose
-from recast.lowering.triton.kernels import choice
+from recast.lowering.triton.kernels import choice, paired
+from recast.lowering.triton.neighbours import fuse_neighbours
 from recast.patterns.errors import TargetError
 from recast.patterns.program import Program
 
@@ -54,6 +55,11 @@ class Triton(Inductor):
         """As `Inductor.prepare`; raises TargetError where nothing could run the kernels."""
         self.installed()
         return super().prepare(program)
+
+    def _inlined(self, program: Program) -> tuple[Program, dict[str, str]]:
+        """As `Inductor`'s, with what stands next to products in their operations."""
+        inlined, kernels = super()._inlined(program)
+        return inlined, fuse_neighbours(inlined, kernels, paired())
 
     def _choice(self) -> Choose:
         return choice(keep_dense=self.keep_dense, copies=self.keep_copies)

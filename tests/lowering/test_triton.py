@@ -23,20 +23,21 @@ from tests.helpers import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = {
-    "int4(group=16)": DEQUANTIZING,
-    "int3(group=32, symmetric=false)": DEQUANTIZING,
-    "int8": DEQUANTIZING,
-    "nf4(group=16)": DEQUANTIZING,
-    "nf4(double=true)": DEQUANTIZING,
-    "int4(group=16) + low_rank(rank=3)": WITH_LOW_RANK,
-    "low_rank(rank=20) | int4(group=16)": DEQUANTIZING,
-    "low_rank(rank=20)": LOW_RANK,
-    "wina(0.5)": GATED,
-    "teal(0.3)": GATED,
+    "int4(group=16)": f"{DEQUANTIZING} + bias",
+    "int3(group=32, symmetric=false)": f"{DEQUANTIZING} + bias",
+    "int8": f"{DEQUANTIZING} + bias",
+    "nf4(group=16)": f"{DEQUANTIZING} + bias",
+    "nf4(double=true)": f"{DEQUANTIZING} + bias",
+    "int4(group=16) + low_rank(rank=3)": f"{WITH_LOW_RANK} + bias",
+    "low_rank(rank=20) | int4(group=16)": f"{DEQUANTIZING} + bias",
+    "low_rank(rank=20)": f"{LOW_RANK} + bias",
+    "wina(0.5)": f"{GATED} + bias",
+    "teal(0.3)": f"{GATED} + bias",
+    "fp8": f"{DEQUANTIZING} + bias",
     "int4(group=20)": "aten (groups of 20 are no multiple of 16)",
-    "int8(activations=true)": INTEGERS,
-    "int8(activations=true, per_token=false)": INTEGERS,
-    "fp8(activations=true)": FLOATS,
+    "int8(activations=true)": f"{INTEGERS} + bias",
+    "int8(activations=true, per_token=false)": f"{INTEGERS} + bias",
+    "fp8(activations=true)": f"{FLOATS} + bias",
     "fp8(group=16, activations=true)": DEQUANTIZING,
 }
 
@@ -47,7 +48,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     recipe = {"rules": [{"match": "0", "form": "int4(group=16)"}, {"match": "2", "form": "int8(activations=true)"}]}
     artifact = recast.lower(recast.rewrite(program, recast.plan(program, recipe)), "triton")
     kernels = {row.name: row.kernel for row in artifact.report.rows}
-    assert kernels == {"0": DEQUANTIZING, "2": INTEGERS}
+    assert kernels == {"0": f"{DEQUANTIZING} + bias + relu", "2": INTEGERS}
     artifact.save(tmp_path / "saved")
     x = torch.randn(5, 60, device=DEVICE)
     assert torch.equal(recast.load(tmp_path / "saved")(x), artifact(x))
@@ -81,14 +82,14 @@ def test_numbers(form: str) -> None:
 @pytest.mark.parametrize(
     ("form", "kernel"),
     [
-        ("sparse24(method='magnitude')", SPARSE24),
-        ("armor(block=16, iterations=4)", ARMOR),
-        ("int4(group=16)", DEQUANTIZING),
-        ("nf4(group=16)", DEQUANTIZING),
+        ("sparse24(method='magnitude')", f"{SPARSE24} + bias"),
+        ("armor(block=16, iterations=4)", f"{ARMOR} + bias"),
+        ("int4(group=16)", f"{DEQUANTIZING} + bias"),
+        ("nf4(group=16)", f"{DEQUANTIZING} + bias"),
         ("sparse_nm(1, 4)", "aten (1 of every 4 of 60 inputs: no kernel)"),
-        ("sparse24(method='magnitude') | int4(group=8)", SPARSE24_CODES),
-        ("sparse24(method='magnitude') | int8", SPARSE24_CODES),
-        ("sparse24(method='magnitude') | nf4(group=16)", SPARSE24_CODES),
+        ("sparse24(method='magnitude') | int4(group=8)", f"{SPARSE24_CODES} + bias"),
+        ("sparse24(method='magnitude') | int8", f"{SPARSE24_CODES} + bias"),
+        ("sparse24(method='magnitude') | nf4(group=16)", f"{SPARSE24_CODES} + bias"),
         ("sparse24(method='magnitude') | int3(group=16)", "aten (2:4: values of 3 bits: no kernel)"),
         ("sparse24(method='magnitude') | int4(group=12)", "aten (2:4: groups of 12 values are no multiple of 8)"),
         (

@@ -16,15 +16,18 @@ from recast.kernels.quantized_matmul.launch import pairs_of
 from recast.kernels.quantized_matmul.reference import unpack_codes
 from recast.lowering.packed import Packed, plain
 from recast.lowering.timing import most_tokens
+from recast.lowering.triton.float8 import converts, e4m3_of
 from recast.passes.forms.algebra import Product, Sum
 from recast.passes.forms.codebook import Codebook
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.quantized import Quantized
 
-__all__ = ["DEQUANTIZING", "WITH_LOW_RANK", "Codes", "codes_of", "refused", "serve"]
+__all__ = ["DEQUANTIZING", "PAIRED", "WITH_LOW_RANK", "Codes", "codes_of", "refused", "serve"]
 
 DEQUANTIZING = "triton dequantizing matmul"
 WITH_LOW_RANK = "triton dequantizing matmul with low-rank term"
+
+PAIRED = {torch.ops.recast.dequantizing_matmul.default: {"values": 0, "high_values": 0, "scale": 1, "zero": 1}}
 
 
 def serve(operator: Operator) -> Packed | None:
@@ -87,13 +90,29 @@ def _with_low_rank(operator: Sum) -> Packed | None:
 
 def _held(operator: Quantized | Codebook) -> tuple[dict[str, Tensor], int, int, str]:
     """Tensors as the kernel takes them, bits, inputs of a group and the kind of code."""
-    found = codes_of(operator)
+    found = _as_floats(operator, codes_of(operator))
     words, high_words = to_lanes(found.codes, operator.bits)
     held = {
         "values": words, "high_values": high_words, "scale": found.scale, "zero": found.zero, "table": found.table,
         "pairs": found.pairs,
     }  # fmt: skip
     return {name: tensor for name, tensor in held.items() if tensor is not None}, operator.bits, found.group, found.kind
+
+
+def _as_floats(operator: Quantized | Codebook, found: Codes) -> Codes:
+    """The same numbers as bits of e4m3, where they are such and the GPU converts them."""
+    if not isinstance(operator, Codebook) or operator.bits != 8 or not converts(operator.table.device):
+        return found
+    as_e4m3 = e4m3_of(operator)
+    if as_e4m3 is None:
+        return found
+    entries, unit = as_e4m3
+    codes = entries.view(torch.uint8)[found.codes.to(torch.int64)]
+    if found.scale is None:
+        return Codes(
+            codes, 0, "float", found.codes.new_full((1, len(codes)), unit, dtype=torch.float32), None, None, None
+        )
+    return Codes(codes, found.group, "float", found.scale.float() * unit, None, None, None)
 
 
 class Codes(NamedTuple):
@@ -104,7 +123,7 @@ class Codes(NamedTuple):
     codes
         (m, n), from zero on.
     group, kind
-        Inputs that share a scale, 0 for all; "integer" or "table".
+        Inputs that share a scale, 0 for all; "integer", "table" or "float".
     scale, zero, table, pairs
         As `dequantizing_matmul` takes them.
     """

@@ -1,29 +1,29 @@
-"""Weights and inputs of eight bits: `recast::eight_bit_matmul` between rounding the inputs and scaling by token."""
+"""Weights and inputs of eight bits: `recast::eight_bit_matmul` after rounding the inputs, which it undoes itself."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from recast.kernels.eight_bit_matmul.eight_bit_op import eight_bit_matmul
-from recast.kernels.quantized_matmul.floats import FloatGrid, rounded_product
-from recast.kernels.quantized_matmul.reference import unpack_codes
+from recast.kernels.quantized_matmul.floats import FloatGrid, float_tokens
+from recast.kernels.quantized_matmul.reference import quantize_tokens, unpack_codes
 from recast.kernels.tiles import interpreting
-from recast.lowering.dynamic_int8 import dynamic_int8
 from recast.lowering.packed import Packed, plain
 from recast.lowering.triton.few import ALWAYS, measured_few
+from recast.lowering.triton.float8 import e4m3_of
 from recast.passes.forms.codebook import Codebook
 from recast.passes.forms.operator import Operator
 from recast.passes.forms.quantized import Quantized
 from recast.passes.forms.rounded_inputs import RoundedInputs
 
-__all__ = ["FLOATS", "INTEGERS", "serve"]
+__all__ = ["FLOATS", "INTEGERS", "PAIRED", "serve"]
 
 INTEGERS = "triton int8 x int8 matmul"
 FLOATS = "triton fp8 x fp8 matmul"
+PAIRED = {torch.ops.recast.eight_bit_matmul.default: {"weight": 0, "scale": 0, "offset": 0}}
 _E4M3 = FloatGrid(mantissa=3, lowest=-6, largest=448.0)
 
 
@@ -32,35 +32,48 @@ def serve(operator: Operator) -> Packed | None:
     if isinstance(operator, Quantized) and operator.activations:
         if not operator.symmetric or operator.scale.shape[1] != 1:
             return plain(operator, "aten (rounded activations and scales by group: no kernel)")
-        few = _few(operator.values, operator.by_row().scale[:, 0].float())
-        return dynamic_int8(operator, INTEGERS, functools.partial(eight_bit_matmul, few=few))
+        return _integers(operator)
     if isinstance(operator, RoundedInputs) and isinstance(operator.weight, Codebook) and operator.grid == _E4M3:
         return _floats(operator, operator.weight)
     return None
 
 
+def _integers(operator: Quantized) -> Packed:
+    """Tokens are rounded by steps, and from a zero, of their own: ``y = (sum q w - z sum w) s_x s_w``."""
+    per_token, scale = operator.per_token, operator.by_row().scale[:, 0].float()
+    held = {"values": operator.values, "scale": scale, "offset": operator.values.sum(1).float() * scale}
+    few = _few(operator.values, scale)
+
+    def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        codes, step, zero = quantize_tokens(x, per_token=per_token)
+        parts = tensors["values"], tensors["scale"], few, step, zero, tensors["offset"]
+        y: Tensor = eight_bit_matmul(codes, *parts, x.dtype)
+        return y
+
+    return Packed(operator, INTEGERS, held, run)
+
+
 def _floats(operator: RoundedInputs, weight: Codebook) -> Packed | None:
     """None where the table holds other numbers than e4m3's, or the GPU multiplies none."""
-    eight = torch.float8_e4m3fn
-    table = weight.table.reshape(-1).float()
-    unit = float(table.abs().max()) / _E4M3.largest  # tables are scaled to a largest entry of one
-    entries = (table / (unit or 1.0)).to(eight)
-    exact = bool(((entries.float() * unit - table).abs() <= 1e-6 * table.abs()).all())
-    exact = exact and tuple(weight.table.shape[:2]) == (1, 1)
+    found = e4m3_of(weight)
     by_row = weight.scale is None or (weight.step is None and weight.scale.shape[1] == 1)
-    if not exact or not by_row or weight.table.shape[3] != 1 or not _multiplies_floats(table.device):
+    if found is None or not by_row or not _multiplies_floats(weight.table.device):
         return None
+    entries, unit = found
     codes = unpack_codes(weight.values, weight.bits, weight.shape[1])
-    scale = table.new_ones(weight.shape[0]) if weight.scale is None else weight.scale[:, 0].float().contiguous()
+    scale = (
+        entries.new_ones(weight.shape[0], dtype=torch.float32)
+        if weight.scale is None
+        else weight.scale[:, 0].float().contiguous()
+    )
     held = {"values": entries[codes.to(torch.int64)], "scale": scale * unit}
     few = _few(held["values"], held["scale"])
 
     def run(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        def product(values: Tensor) -> Tensor:
-            y: Tensor = eight_bit_matmul(values.to(eight), tensors["values"], tensors["scale"], few)
-            return y
-
-        return rounded_product(x, operator.grid, product)
+        values, step = float_tokens(x, operator.grid)
+        parts = tensors["values"], tensors["scale"], few, step, None, None
+        y: Tensor = eight_bit_matmul(values.to(torch.float8_e4m3fn), *parts, x.dtype)
+        return y
 
     return Packed(operator, FLOATS, held, run)
 
