@@ -24,6 +24,13 @@ __all__ = ["fuse_neighbours"]
 
 aten = torch.ops.aten
 _STAGES = ("bias", "activation", "factor", "residual")  # in the order in which an operation does them
+# A stage cannot follow these; a bias may be added after a residual as well as before it.
+_TOO_LATE = {
+    "bias": ("bias", "activation", "factor"),
+    "activation": ("activation", "factor", "residual"),
+    "factor": ("factor", "residual"),
+    "residual": ("residual",),
+}
 _ADD, _MULTIPLY = aten.add.Tensor, aten.mul.Tensor
 _SAID = {"add", "mul", "gelu", "relu", "silu", "sigmoid", "tanh"}
 
@@ -102,28 +109,29 @@ def _can(node: fx.Node) -> set[str]:
 def _follow(node: fx.Node, most: int = len(_STAGES)) -> _Fused:
     """Take neighbours of the first so many stages, as long as there is one that the operation can do."""
     fused, can, have = _Fused(node, node), _can(node), given(node)
-    stage = max((at + 1 for at, name in enumerate(_STAGES) if have.get(name) not in (None, "")), default=0)
-    stage = max(stage, 2 if have.get("gated") else 0)
+    done = [name for name in _STAGES if have.get(name) not in (None, "")] + ["activation"] * bool(have.get("gated"))
     while True:
         step = _next(fused.last)
-        if (
-            isinstance(step, str)
-            and stage < len(_STAGES)
-            and not all(_site(reader) == _site(node) != "" for reader in fused.last.users)
-        ):
+        own = all(
+            _site(reader) == _site(node) != "" for reader in fused.last.users
+        )  # the site's operator, not its model
+        if isinstance(step, str) and "residual" not in done and not own:
             fused.left = step
         if not isinstance(step, _Step) or _STAGES.index(step.stage) >= most:
             return fused
         if step.stage not in can:
-            fused.left = f"{step.name} apart: this kernel does none"
+            fused.left = "" if own else f"{step.name} apart: this kernel does none"
             return fused
-        if _STAGES.index(step.stage) < stage:
-            fused.left = f"{step.name} apart: it comes after {_STAGES[stage - 1]}"
+        late = [name for name in done if name in _TOO_LATE[step.stage]]
+        if late:
+            fused.left = f"{step.name} apart: it comes after {late[-1]}"
             return fused
-        stage = _STAGES.index(step.stage) + 1
+        done.append(step.stage)
         fused.taken[step.stage], fused.last = step.value, step.last
-        own = step.stage == "residual" and _site(step.value) == _site(node) != ""
-        fused.names.append("sum" if own else step.name)  # a sum of forms, not one of the model
+        # Parts of a sum of forms, or what the model adds.
+        fused.names.append(
+            "sum" if step.stage == "residual" and own and _site(step.value) == _site(node) else step.name
+        )
 
 
 def _site(node: fx.Node) -> str:

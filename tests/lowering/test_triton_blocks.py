@@ -23,15 +23,15 @@ from tests.helpers import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = {
-    "block_diagonal(blocks=3)": BLOCKS,
-    "permuted_block_diagonal(blocks=3)": BLOCKS,
-    "permutation @ block_diagonal(blocks=3)": BLOCKS,
-    "monarch(blocks=4)": BLOCKS,
-    "monarch(blocks=4, rank=1)": BLOCKS,
-    "block_shuffle": BLOCKS,
+    "block_diagonal(blocks=3)": f"{BLOCKS} + bias",
+    "permuted_block_diagonal(blocks=3)": f"{BLOCKS} + bias",
+    "permutation @ block_diagonal(blocks=3)": f"{BLOCKS} + bias",
+    "monarch(blocks=4)": f"{BLOCKS} + bias",
+    "monarch(blocks=4, rank=1)": f"{BLOCKS} + bias",
+    "block_shuffle": f"{BLOCKS} + bias",
     "block_dense": f"aten + {BLOCKS}",
-    "blast(blocks=4, rank=6, iterations=3)": BLAST,
-    "block_diagonal(blocks=4) + low_rank(rank=3)": f"{BLOCKS} + {LOW_RANK}",
+    "blast(blocks=4, rank=6, iterations=3)": f"{BLAST} + bias",
+    "block_diagonal(blocks=4) + low_rank(rank=3)": f"{BLOCKS} + {LOW_RANK} + sum + bias",
 }
 
 

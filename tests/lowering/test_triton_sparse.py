@@ -23,8 +23,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize(
     ("form", "kernel"),
     [
-        ("unstructured(0.5)", UNSTRUCTURED),
-        ("unstructured(0.1, storage='tiled')", UNSTRUCTURED),
+        ("unstructured(0.5)", f"{UNSTRUCTURED} + bias"),
+        ("unstructured(0.1, storage='tiled')", f"{UNSTRUCTURED} + bias"),
         ("column_sparse(0.5)", "aten"),
         ("column_sparse(0.5) + unstructured(0.3)", f"aten + {UNSTRUCTURED}"),
         ("unstructured(0.5) | int8", "aten (packed values at any places: no kernel)"),
