@@ -78,6 +78,10 @@ class Lq(Corrected):
     def needs_loss(self) -> bool:
         return self.weighting == "fisher" or super().needs_loss
 
+    @property
+    def needs_data(self) -> bool:
+        return self.needs_loss or super().needs_data
+
     @classmethod
     def examples(cls, shape: tuple[int, int]) -> list[NamedForm]:
         return [cls(rank=1, base="nf3", turns=5)]
