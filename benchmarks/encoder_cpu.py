@@ -6,6 +6,7 @@ python -m benchmarks.encoder_cpu --json benchmarks/results/encoder_cpu.json
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 import tempfile
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.encoder_inputs import BATCH, TOKENS, cosines, encoder, texts
-from benchmarks.encoder_peers import BEST_INT8_ORT, ONNX, Bench, peers
+from benchmarks.encoder_peers import BEST_INT8_ORT, ONNX, Bench, openvino_session, peers
 from benchmarks.harness import Contestant, Ready, bytes_of, measure
+from recast.kernels.quantized_matmul.ops import largest_exact_code
 
 
 def recast_contestants(bench: Bench) -> dict[str, Contestant]:
@@ -27,7 +29,7 @@ def recast_contestants(bench: Bench) -> dict[str, Contestant]:
     A contestant's `prepare()` returns `Ready(run, bytes, note)`: `run((ids, mask))` gives the embeddings [32, 384],
     `bytes` are those of the files needed at run time. `group="recast"`; `against` names the peers a row is held to.
     """
-    return {**_on_inductor(bench), **_on_onnx(bench)}
+    return {**_on_inductor(bench), **_on_onnx(bench), **_as_qdq(bench)}
 
 
 def _on_inductor(bench: Bench) -> dict[str, Contestant]:
@@ -91,6 +93,63 @@ def _on_onnx(bench: Bench) -> dict[str, Contestant]:
         return Contestant(f"recast onnx, {name}", prepare, "onnx", "recast", (*ONNX, "onnxscript"), against)
 
     made = [contestant(name, recipe, against) for name, (recipe, against) in recipes.items()]
+    return {one.name: one for one in made}
+
+
+def _as_qdq(bench: Bench) -> dict[str, Contestant]:
+    """One file of standard operators, read by OpenVINO and by ONNX Runtime."""
+
+    def written(recipe: str) -> tuple[Any, Path]:
+        import recast
+
+        program = recast.capture(bench.model, bench.texts.timed)
+        statistics = recast.calibrate(program, bench.texts.calibration)
+        program = recast.rewrite(program, recast.plan(program, recipe, statistics), pictures=False, measure=False)
+        artifact = recast.lower(program, target="onnx", style="qdq", threads=bench.threads)
+        folder = bench.folder / f"recast-{len(list(bench.folder.glob('recast-*')))}"
+        artifact.save(folder)
+        return artifact, folder / "model.onnx"
+
+    def in_openvino(recipe: str) -> Ready:
+        import openvino
+
+        path = written(recipe)[1]
+        run, used = openvino_session(openvino.Core().read_model(path), bench.threads, "f32")
+        return Ready(run, bytes_of(path), "" if used == "f32" else f"ran in {used}")
+
+    def in_onnxruntime(recipe: str) -> Ready:
+        artifact, path = written(recipe)
+        return Ready(lambda inputs: artifact(*inputs), bytes_of(path), "")
+
+    # Codes of 7 bits, where this CPU's products of bytes would saturate.
+    narrow = "" if largest_exact_code() >= 127 else ", reduce_range=true"
+    static = f"int8(activations=true, static=true{narrow})"
+    recipes = {
+        "int8 static": static,
+        "int8 static, smoothed": f"smoothquant(base='{static}', alpha=0.75, shared=true)",
+    }
+    made = []
+    for name, recipe in recipes.items():
+        made.append(
+            Contestant(
+                f"recast QDQ in OpenVINO, {name}",
+                functools.partial(in_openvino, recipe),
+                "openvino",
+                "recast",
+                (*ONNX, "openvino"),
+                ("OpenVINO NNCF int8",),
+            )
+        )
+        made.append(
+            Contestant(
+                f"recast QDQ in ONNX Runtime, {name}",
+                functools.partial(in_onnxruntime, recipe),
+                "onnx",
+                "recast",
+                ONNX,
+                BEST_INT8_ORT,
+            )
+        )
     return {one.name: one for one in made}
 
 

@@ -178,6 +178,21 @@ def _onnxruntime(bench: Bench) -> list[Contestant]:
 # -- OpenVINO --------------------------------------------------------------------------------------
 
 
+def openvino_session(model: Any, threads: int, precision: str) -> tuple[Callable[[tuple[Tensor, Tensor]], Any], str]:
+    """Run a model of OpenVINO on the CPU; also the precision that it really computes in."""
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def run(inputs: tuple[Tensor, Tensor]) -> Any:
+        feed = {"input_ids": inputs[0].numpy(), "attention_mask": inputs[1].numpy()}
+        return next(iter(request.infer(feed).values()))
+
+    return run, compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+
+
 def _openvino(bench: Bench) -> list[Contestant]:
     def prepare(precision: str, int8: bool = False) -> Ready:
         import openvino
@@ -194,16 +209,7 @@ def _openvino(bench: Bench) -> list[Contestant]:
                 )
         path = bench.folder / f"openvino-{precision}{'-int8' if int8 else ''}.xml"
         openvino.save_model(model, path, compress_to_fp16=False)
-        core = openvino.Core()
-        settings = {"INFERENCE_NUM_THREADS": bench.threads, "PERFORMANCE_HINT": "LATENCY"}
-        compiled = core.compile_model(model, "CPU", settings | {"INFERENCE_PRECISION_HINT": precision})
-        request = compiled.create_infer_request()
-        used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-
-        def run(inputs: tuple[Tensor, Tensor]) -> Any:
-            feed = {"input_ids": inputs[0].numpy(), "attention_mask": inputs[1].numpy()}
-            return next(iter(request.infer(feed).values()))
-
+        run, used = openvino_session(model, bench.threads, precision)
         note = "" if used == precision else f"ran in {used}: this CPU has no {precision}"
         return Ready(run, bytes_of(path, path.with_suffix(".bin")), note)
 

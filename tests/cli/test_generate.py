@@ -140,6 +140,8 @@ def test_folders_that_cannot_generate_are_refused(
         (["--embeddings", "int4(group=32)"], "of the target onnx"),
         (["--embeddings", "int3", "-t", "onnx"], "2, 4 or 8 bits"),
         (["--accuracy-level", "3", "-t", "onnx"], "accuracy_level is 3"),
+        (["--style", "qdq"], "of the target onnx"),
+        (["--style", "qd", "-t", "onnx"], "'qoperator' or 'qdq'"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
