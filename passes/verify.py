@@ -273,8 +273,9 @@ def check_operators(before: Program, after: Program, errors: dict[str, float]) -
                 y = y if module.order is None else y[..., module.order]
             else:
                 # Numbers made up here may be anywhere; a grid known beforehand is for those of the calibration.
-                y = without_grids(operator).apply(x)
-                y = y if module.order is None else y[..., module.order]
+                free = without_grids(operator)
+                y = module(x) if free is operator else free.apply(x)
+                y = y if free is operator or module.order is None else y[..., module.order]
             error = fidelity(x @ dense.T, y)["relative_error"]
         if error > slack + (0.05 if _rounds(operator) else 0.0):
             raise VerificationError(

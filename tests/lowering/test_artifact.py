@@ -152,7 +152,7 @@ def test_mistaken_calls_are_refused(artifact: Artifact) -> None:
         artifact(x, scale=scale, double=False)
     with pytest.raises(TypeError, match=r"not given: \['scale'\]"):
         artifact(x, double=True)
-    with pytest.raises(TypeError, match="input 'x_a' was captured as"):
+    with pytest.raises(TypeError, match=r"input 'x\['a'\]' was captured as"):
         artifact({"a": x["a"].double(), "b": x["b"]}, scale=scale, double=True)
 
 
