@@ -83,18 +83,18 @@ def eight_bit_matmul(
     epilogue = Epilogue.of(activation, gated, factor, residual)
     rounded = Rounded(_each(step, len(flat)), _each(zero, len(flat)), offset)
     kernel = codes.device.type == "cuda" or interpreting()
-    if kernel and (few < 0 or flat.shape[0] <= few or not library.serves(flat, weight)):
-        narrow = Rounded(*(None if t is None else t.float().contiguous() for t in rounded))
+    by_library = 0 <= few < flat.shape[0] and library.serves(flat, weight)
+    narrow = Rounded(*(None if t is None else t.float().contiguous() for t in rounded))
+    if kernel and not by_library:
         y = launch(flat, weight, scale, rounded=narrow, bias=bias, epilogue=epilogue, dtype=dtype)
     else:
-        by_library = 0 <= few < flat.shape[0] and library.serves(flat, weight)
-        product = library.eight_bit_matmul if by_library else reference.eight_bit_matmul
-        y = unrounded(product(flat, weight, scale), rounded)
-        y = y if bias is None else y + bias
-        if kernel and not epilogue.empty:
-            y = finish(y.contiguous(), y.new_empty((len(y), epilogue.outputs(rows)), dtype=dtype), epilogue)
+        y = (library if by_library else reference).eight_bit_matmul(flat, weight, scale)
+        if kernel and (step is not None or bias is not None or not epilogue.empty):
+            out = y.new_empty((len(y), epilogue.outputs(rows)), dtype=dtype)
+            y = finish(y.contiguous(), out, epilogue, bias=bias, **narrow._asdict())
         else:
-            y = finished(y, epilogue).to(dtype)
+            y = unrounded(y, rounded)
+            y = finished(y if bias is None else y + bias, epilogue).to(dtype)
     return y.reshape(*codes.shape[:-1], epilogue.outputs(rows))
 
 

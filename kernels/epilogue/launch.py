@@ -45,7 +45,16 @@ def described(epilogue: Epilogue) -> str:
     return named + " + factor" * (epilogue.factor is not None) + " + residual" * (epilogue.residual is not None)
 
 
-def finish(sums: Tensor, out: Tensor, epilogue: Epilogue) -> Tensor:
+def finish(
+    sums: Tensor,
+    out: Tensor,
+    epilogue: Epilogue,
+    *,
+    step: Tensor | None = None,
+    zero: Tensor | None = None,
+    offset: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Add up and finish.
 
     Parameters
@@ -56,6 +65,8 @@ def finish(sums: Tensor, out: Tensor, epilogue: Epilogue) -> Tensor:
         (tokens, m), contiguous, to be filled.
     epilogue
         What is done with sums; m is ``epilogue.outputs(rows)``.
+    step, zero, offset, bias
+        Before that ``step (sums - zero offset) + bias``, with (tokens,) float32 twice, (rows,) float32 and (rows,); contiguous.
 
     Returns
     -------
@@ -65,11 +76,12 @@ def finish(sums: Tensor, out: Tensor, epilogue: Epilogue) -> Tensor:
 
     count, splits = out.numel(), sums.shape[0] if sums.dim() == 3 else 1
     if count:
-        factor, residual = epilogue.factor, epilogue.residual
+        operands = step, zero, offset, bias, epilogue.factor, epilogue.residual
         with on_device(sums):
             finish_kernel[(-(-count // 1024),)](
-                sums, sums if factor is None else factor, sums if residual is None else residual, out,
-                count, splits, out.shape[1], **constants(epilogue), BLOCK=1024,
+                sums, *(sums if operand is None else operand for operand in operands), out,
+                count, splits, out.shape[1],
+                HAS_STEP=step is not None, HAS_ZERO=zero is not None, HAS_BIAS=bias is not None, **constants(epilogue), BLOCK=1024,
             )  # fmt: skip
     return out
 

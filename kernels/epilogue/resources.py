@@ -14,14 +14,16 @@ def cases(target: str) -> Iterator[Case]:
     for name, sums, activation, gated in (
         ("added up", "*fp32", "", False),
         ("finished: gelu, factor and residual", "*fp32", "gelu", False),
-        ("finished: gated by silu", "*fp32", "silu", True),
+        ("finished: rounding undone, gated by silu", "*fp32", "silu", True),
     ):
-        types = {"partial": sums, "factor": "*bf16", "residual": "*bf16", "out": "*bf16"}
+        types = {"partial": sums} | dict.fromkeys(("step", "zero", "offset"), "*fp32")
+        types |= {"bias": "*bf16", "factor": "*bf16", "residual": "*bf16", "out": "*bf16"}
         yield Case(
             kernel="recast.kernels.epilogue.triton:finish_kernel",
             name=name,
             signature=types | dict.fromkeys(("count", "splits", "columns"), "i32"),
             constants={
+                **dict.fromkeys(("HAS_STEP", "HAS_ZERO", "HAS_BIAS"), gated),
                 "ACTIVATION": activation,
                 "GATED": gated,
                 "HAS_FACTOR": bool(activation) and not gated,

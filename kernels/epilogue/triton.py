@@ -92,21 +92,40 @@ def _added_up(partial, place, mask, count, splits):
 
 
 @triton.jit
+def _linear(total, row, token, mask, step, zero, offset, bias, HAS_STEP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+    """Undo the rounding of vectors, and add a bias."""
+    if HAS_ZERO:
+        total -= tl.load(zero + token, mask=mask, other=0.0) * tl.load(offset + row, mask=mask, other=0.0)
+    if HAS_STEP:
+        total *= tl.load(step + token, mask=mask, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + row, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def finish_kernel(
-    partial, factor, residual, out, count, splits, columns,
+    partial, step, zero, offset, bias, factor, residual, out, count, splits, columns,
+    HAS_STEP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add up (splits, tokens, rows) and finish sums into (tokens, columns), all contiguous; `count` is tokens times columns."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
+    token, column = at // columns, at % columns
     if GATED:
-        column = at % columns
-        place = (at - column) * 2 + column // 8 * 16 + column % 8
+        row = column // 8 * 16 + column % 8
+        place = (at - column) * 2 + row
         place = tl.multiple_of(tl.max_contiguous(place, 8), 8)  # columns are eights, which stay together
-        gate = _added_up(partial, place, mask, 2 * count, splits)
-        total = _activated(gate, ACTIVATION) * _added_up(partial, place + 8, mask, 2 * count, splits)
-        total = finished(total, factor, residual, at, mask, "", HAS_FACTOR, HAS_RESIDUAL)
+        gate, up = (
+            _added_up(partial, place, mask, 2 * count, splits),
+            _added_up(partial, place + 8, mask, 2 * count, splits),
+        )
+        gate = _linear(gate, row, token, mask, step, zero, offset, bias, HAS_STEP, HAS_ZERO, HAS_BIAS)
+        up = _linear(up, row + 8, token, mask, step, zero, offset, bias, HAS_STEP, HAS_ZERO, HAS_BIAS)
+        total = finished(_activated(gate, ACTIVATION) * up, factor, residual, at, mask, "", HAS_FACTOR, HAS_RESIDUAL)
     else:
         total = _added_up(partial, at, mask, count, splits)
+        total = _linear(total, column, token, mask, step, zero, offset, bias, HAS_STEP, HAS_ZERO, HAS_BIAS)
         total = finished(total, factor, residual, at, mask, ACTIVATION, HAS_FACTOR, HAS_RESIDUAL)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)

@@ -138,7 +138,8 @@ def test_operation_of_low_rank(few: int, dtype: torch.dtype, activation: str, ha
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("rounded", "splits"), [("by token", 1), ("by token", 3), ("all alike", 1), ("without zero", 1)]
+    ("rounded", "splits"),
+    [("by token", 1), ("by token", 3), ("by token", 0), ("all alike", 1), ("all alike", 0), ("without zero", 1)],
 )
 @pytest.mark.parametrize(("activation", "gated", "has"), COMBINED[2:])
 def test_operation_of_eight_bits(
@@ -151,7 +152,11 @@ def test_operation_of_eight_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from recast.kernels.eight_bit_matmul import launch as launching
+    from recast.kernels.eight_bit_matmul import library, reference
 
+    if not splits:  # many tokens, as a library's product leaves them
+        monkeypatch.setattr(library, "serves", lambda *_: True)
+        monkeypatch.setattr(library, "eight_bit_matmul", reference.eight_bit_matmul)
     cut = launching.cut
     monkeypatch.setattr(launching, "cut", lambda x, rows, pieces, tile, _: cut(x, rows, pieces, tile, splits))
     codes, weight = (torch.randint(-128, 128, (n, 577), dtype=torch.int8, device=DEVICE) for n in (5, 48))
@@ -162,7 +167,9 @@ def test_operation_of_eight_bits(
     bias = torch.randn(48, device=DEVICE).to(dtype)
     given = beside(5, 24 if gated else 48, has, dtype)
     shifts = (None, None) if rounded == "without zero" else (zero, offset)
-    y = eight_bit_matmul(codes, weight, scale, -1, step, *shifts, dtype, bias, activation, gated, **given)
+    y = eight_bit_matmul(
+        codes, weight, scale, -1 if splits else 0, step, *shifts, dtype, bias, activation, gated, **given
+    )
     whole = codes.double() - (0 if rounded == "without zero" else zero.double())
     z = step.double() * (whole @ weight.double().T) * scale.double() + bias.double()
     assert y.dtype == dtype
