@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _turn(name: str) -> tuple[bool, str]:
-    """The quick part first, then a shuffled order that is always the same: what a run cut short has seen is a fair sample."""
+    """The quick part first, then the others in a shuffled order that is always the same."""
     return name not in quick(), hashlib.blake2b(name.encode()).hexdigest()
 
 

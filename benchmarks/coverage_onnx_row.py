@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import signal
 import time
@@ -81,8 +82,9 @@ def _by_torch(row: Row, model: nn.Module, sample: Sample, expected: Any, limit: 
 
     def export() -> Any:
         with torch.no_grad(), warnings.catch_warnings(), at_most(limit, "torch.onnx.export"):
-            warnings.simplefilter("ignore")
-            return torch.onnx.export(model, sample[0], kwargs=sample[1], dynamo=True, verbose=False)
+            warnings.simplefilter("ignore")  # and whole graphs are printed where something fails
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                return torch.onnx.export(model, sample[0], kwargs=sample[1], dynamo=True, verbose=False)
 
     try:
         made = timed(row, "torch", export, time.process_time)

@@ -115,6 +115,10 @@ def section(rows: list[Row], whole: dict[str, Any], libraries: dict[str, str]) -
             f"{whole['architectures']} architectures: {run} run, {whole['not built']} have no small instance or no inputs that the "
             f"generator can make, {whole['not run']} were not run. {whole['recast captures with free sizes']} have free sizes, the "
             "others those of the example."
+            + (
+                " The rows that were run are no fair sample: some parts come first, some rows are picked."
+                * bool(whole["not run"])
+            )
         ),
     ]
     ran = [r for r in rows if "torch" in r]
