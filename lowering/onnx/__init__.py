@@ -31,6 +31,8 @@ __all__ = ["OnnxRuntime"]
 
 _MODEL, _WEIGHTS = "model.onnx", "model.onnx.data"
 _LARGE = 1 << 30  # a protobuf message ends at 2 GiB
+# Weights in a file of their own are mapped: a process that generates needs 1.1 times their bytes at its peak, else twice.
+_MAPPED = 1 << 24
 
 
 class OnnxRuntime(Lowering):
@@ -44,7 +46,8 @@ class OnnxRuntime(Lowering):
         0: 4-bit weights meet activations as they are; 4: activations are rounded to int8 inside the product, which is
         faster for single tokens and less exact.
     external_data
-        Keep weights in a file of their own; by default above 1 GiB.
+        Keep weights in a file of their own; by default above 1 GiB, and above 16 MiB for a decoder with its cache: ONNX Runtime
+        then maps them instead of copying them.
     threads
         Of ONNX Runtime; by default as many as torch uses.
     attention
@@ -196,7 +199,8 @@ class OnnxRuntime(Lowering):
     @property
     def _external(self) -> bool:
         size = sum(value.const_value.nbytes for value in self._model.graph.initializers.values())
-        return size > _LARGE if self.external_data is None else self.external_data
+        least = _LARGE if self.decoder is None else _MAPPED
+        return size > least if self.external_data is None else self.external_data
 
     def kernels(self, program: Program) -> dict[str, str]:
         """What `prepare` chose for each site."""

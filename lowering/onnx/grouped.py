@@ -1,7 +1,6 @@
 """Attention with a cache as ONNX Runtime's GroupQueryAttention, where that computes the same.
 
-What a graph says is looked at as little as possible: the mask, the rotation and the repetition of heads are computed on small
-examples and compared with what the operator does.
+The mask, the rotation and the repetition of heads are computed on small examples and compared with what the operator does.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from torch import Tensor, fx
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from recast.lowering.onnx.evaluate import Unknown, evaluate
-from recast.lowering.onnx.fuse import named, splice
+from recast.lowering.onnx.fuse import splice
+from recast.lowering.onnx.products import Product, products_of
 from recast.patterns.program import Program, set_by_path
 
 __all__ = ["group_attention"]
@@ -41,8 +41,7 @@ class _Rotation:
 class _Attention:
     """One attention with its cache."""
 
-    node: fx.Node
-    query: fx.Node
+    product: Product
     key: fx.Node  # the new ones, before they join the cache
     value: fx.Node
     past: tuple[fx.Node, fx.Node]
@@ -63,33 +62,32 @@ def group_attention(program: Program) -> str | None:
     str or None
         Why nothing was rewritten.
     """
-    products = [n for n in program.graph.nodes if n.target is aten.scaled_dot_product_attention.default]
+    products = products_of(program)
     layers = len((program.decoder or {}).get("cache", ()))
     if not products or len(products) != layers:
-        return f"scaled_dot_product_attention computes {len(products)} of {layers} layers, the others are written out"
+        return f"{len(products)} of {layers} layers compute attention in a way that is known here"
     masks: dict[Any, int] = {}
     tables: dict[tuple[fx.Node, fx.Node], tuple[Tensor, Tensor] | None] = {}
     try:
-        found = [_read(program, node, masks, tables) for node in products]
+        found = [_read(program, product, masks, tables) for product in products]
     except (_Refused, Unknown) as refused:
         return str(refused)
     whole = all(attention.rotations is not None for attention in found)
-    lengths = _lengths(program, products[0])
+    lengths = _lengths(program, products[0].node)
     for attention in found:
         _rewrite(program, attention, lengths, tables if whole else None)
     program.graph.eliminate_dead_code()
     return None
 
 
-def _read(program: Program, node: fx.Node, masks: dict[Any, int], tables: dict[Any, Any]) -> _Attention:
-    given = named(node)
-    query, key, value, mask = (given[n] for n in ("query", "key", "value", "attn_mask"))
-    if given["is_causal"] or given["dropout_p"] or not isinstance(mask, fx.Node):
+def _read(program: Program, given: Product, masks: dict[Any, int], tables: dict[Any, Any]) -> _Attention:
+    node, query, key, value, mask = given.node, given.query, given.key, given.value, given.mask
+    if given.causal or given.dropout or not isinstance(mask, fx.Node):
         raise _Refused(f"'{node.name}' has no mask over what is in its cache")
     if any(n.meta["val"].dtype != torch.float32 or n.meta["val"].dim() != 4 for n in (query, key, value)):
         raise _Refused(f"'{node.name}' is not of float32 with (batch, heads, sequence, features)")
     heads = query.meta["val"].shape[1]
-    ways = [_from_cache(n, heads, bool(given["enable_gqa"])) for n in (key, value)]
+    ways = [_from_cache(n, heads, given.shared) for n in (key, value)]
     (past_key, new_key, joined_key), (past_value, new_value, joined_value) = ways
     sizes = {n.meta["val"].shape[-1] for n in (query, past_key, past_value)}
     if len(sizes) != 1 or past_key.meta["val"].shape[1] != past_value.meta["val"].shape[1]:
@@ -108,9 +106,9 @@ def _read(program: Program, node: fx.Node, masks: dict[Any, int], tables: dict[A
             if turns not in tables:
                 tables[turns] = _tables(program, *turns, size, positions)  # None: they are left in the graph
             pair = (rotated[0], rotated[1]) if tables[turns] is not None else None
-    scale = float(given["scale"]) if given["scale"] is not None else float(size) ** -0.5
+    scale = float(given.scale) if given.scale is not None else float(size) ** -0.5
     return _Attention(
-        node, query, new_key, new_value, (past_key, past_value), (joined_key, joined_value), pair, masks[mask], scale
+        given, new_key, new_value, (past_key, past_value), (joined_key, joined_value), pair, masks[mask], scale
     )
 
 
@@ -247,8 +245,8 @@ def _lengths(program: Program, before: fx.Node) -> tuple[fx.Node, fx.Node]:
 def _rewrite(
     program: Program, found: _Attention, lengths: tuple[fx.Node, fx.Node], tables: dict[Any, Any] | None
 ) -> None:
-    node = found.node
-    query, key, turns = found.query, found.key, []
+    node, sinks = found.product.node, found.product.sinks
+    query, key, turns = found.product.query, found.key, []
     if tables is not None and found.rotations is not None:
         rotations = found.rotations
         query, key = rotations[0].x, rotations[1].x
@@ -260,16 +258,20 @@ def _rewrite(
 
     def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Any:
         batch, heads, length, size = q.shape
+        given: list[Tensor | None] = [*rest]
+        if sinks is not None:  # after the tables, positions and a bias
+            given = [*rest[:-1], *[None] * (9 - len(rest)), rest[-1]]
         flat = [t.transpose(1, 2).reshape(batch, length, t.shape[1] * size) for t in (q, k, v)]
         y, present_key, present_value = symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            [*flat, *rest],
+            [*flat, *given],
             {
                 "num_heads": int(heads),
                 "kv_num_heads": int(k.shape[1]),
                 "scale": found.scale,
                 "local_window_size": found.window,
                 "do_rotary": int(bool(turns)),
+                **({"softcap": found.product.cap} if found.product.cap else {}),
             },
             dtypes=[torch.float32] * 3,
             shapes=[flat[0].shape, *(n.meta["val"].shape for n in found.joined)],
@@ -277,7 +279,12 @@ def _rewrite(
         )
         return y.reshape(batch, length, heads, size).transpose(1, 2), present_key, present_value
 
-    results = splice(program, node, run, [query, key, found.value, *found.past, *lengths, *turns])
+    results = splice(
+        program,
+        node,
+        run,
+        [query, key, found.value, *found.past, *lengths, *turns, *([] if sinks is None else [sinks])],
+    )
     node.replace_all_uses_with(results[0])
     for old, new in zip(found.joined, results[1:], strict=True):
         old.replace_all_uses_with(

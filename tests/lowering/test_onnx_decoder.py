@@ -198,6 +198,17 @@ def test_genai_config_describes_the_graph(tmp_path: Path) -> None:
     assert {name % layer if "%d" in name else name for name in told for layer in range(2)} == names
 
 
+def test_weights_of_larger_decoders_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported("Llama").save(tmp_path / "small")
+    assert not (tmp_path / "small" / "model.onnx.data").exists()
+    monkeypatch.setattr("recast.lowering.onnx._MAPPED", 1 << 10)
+    program = recast.capture(made("Llama"), (), {"input_ids": torch.ones(2, 5, dtype=torch.int64)}, cache=True)
+    recast.lower(program, target="onnx").save(tmp_path / "large")
+    assert (tmp_path / "large" / "model.onnx.data").stat().st_size > 100_000
+    prompt = ids(5).tolist()
+    assert recast.Generator(tmp_path / "large").generate([prompt], 8).ids == [greedy(made("Llama"), prompt, 8)]
+
+
 def test_genai_config_is_refused_without_a_cache() -> None:
     program = recast.capture(torch.nn.Linear(4, 4).eval(), (torch.randn(3, 4),))
     with pytest.raises(TargetError, match="captured without"):
