@@ -37,6 +37,8 @@ def fit_dictionary(
     """
     wide = weight.double()
     signals = wide if gram is None else wide @ gram_root(gram.to(weight.device))
+    if signals.shape[1] > signals.shape[0]:  # atoms lie in the span of the rows: turned, it has no more columns than rows
+        signals = torch.linalg.qr(signals.mT, mode="r")[1].mT.contiguous()
     dictionary = _start(signals, atoms)
     best, least, since = None, float("inf"), 0
     for _ in range(iterations):
@@ -99,31 +101,34 @@ def pursue(signals: Tensor, dictionary: Tensor, nonzeros: int) -> tuple[Tensor, 
 def _pursue(met: Tensor, inner: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
     """Code by the products of signals with atoms (m, k) and of atoms with each other (k, k).
 
-    The Cholesky factor of each signal's system grows by the atoms that join, and so does what is solved forwards (Rubinstein,
-    Zibulevsky and Elad 2008): all steps together cost what the last system alone would.
+    The inverse of the Cholesky factor of each signal's system grows by the rows of the atoms that join, and the values change by
+    what those rows add (Rubinstein, Zibulevsky and Elad 2008 keep the factor and solve with it): all steps together cost what
+    the last system alone would, in products of matrices and no solution of a large system.
     """
     m = len(met)
     codes = torch.zeros_like(met)
     mask = torch.zeros_like(met, dtype=torch.bool)
-    chosen = torch.empty(m, 0, dtype=torch.int64, device=met.device)
+    chosen = torch.empty(m, nonzeros, dtype=torch.int64, device=met.device)
     at_once = -(-nonzeros // _STEPS)
-    factor = met.new_zeros(m, nonzeros, nonzeros)
+    inverse = met.new_zeros(m, nonzeros, nonzeros)
     forward = met.new_zeros(m, nonzeros, 1)
-    while (done := chosen.shape[1]) < nonzeros:
-        left = (met - codes @ inner).abs().masked_fill(mask, -1)
-        more = left.topk(min(at_once, nonzeros - done), dim=1).indices
-        end = done + more.shape[1]
-        mask = mask.scatter(1, more, True)
-        known = factor[:, :done, :done]
-        across = torch.linalg.solve_triangular(known, inner[chosen.unsqueeze(2), more.unsqueeze(1)], upper=False)
-        own = _lower(inner[more.unsqueeze(2), more.unsqueeze(1)] - across.transpose(1, 2) @ across)
-        factor[:, done:end, :done], factor[:, done:end, done:end] = across.transpose(1, 2), own
-        rest = met.gather(1, more).unsqueeze(2) - across.transpose(1, 2) @ forward[:, :done]
+    values = met.new_zeros(m, nonzeros)
+    for done in range(0, nonzeros, at_once):
+        end = min(done + at_once, nonzeros)
+        left = torch.addmm(met, codes, inner, alpha=-1).abs_().masked_fill_(mask, -1)
+        more = left.topk(end - done, dim=1).indices
+        mask.scatter_(1, more, True)
+        chosen[:, done:end] = more
+        known = inverse[:, :done, :done]
+        across = known @ inner[chosen[:, :done].unsqueeze(2), more.unsqueeze(1)]
+        own = _lower(inner[more.unsqueeze(2), more.unsqueeze(1)] - across.mT @ across)
+        joined = torch.eye(end - done, dtype=met.dtype, device=met.device).expand_as(own)
+        joined = torch.linalg.solve_triangular(own, torch.cat([-across.mT @ known, joined], 2), upper=False)
+        inverse[:, done:end, :end] = joined
+        rest = met.gather(1, more).unsqueeze(2) - across.mT @ forward[:, :done]
         forward[:, done:end] = torch.linalg.solve_triangular(own, rest, upper=False)
-        chosen = torch.cat([chosen, more], 1)
-        whole = factor[:, :end, :end].transpose(1, 2)
-        values = torch.linalg.solve_triangular(whole, forward[:, :end], upper=True).squeeze(2)
-        codes = torch.zeros_like(met).scatter(1, chosen, values)
+        values[:, :end] += (joined.mT @ forward[:, done:end]).squeeze(2)
+        codes.scatter_(1, chosen[:, :end], values[:, :end])
     return codes, mask
 
 
