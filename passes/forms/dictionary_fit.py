@@ -37,7 +37,7 @@ def fit_dictionary(
     """
     wide = weight.double()
     signals = wide if gram is None else wide @ gram_root(gram.to(weight.device))
-    if signals.shape[1] > signals.shape[0]:  # atoms lie in the span of the rows: turned, it has no more columns than rows
+    if signals.shape[1] > len(signals):  # atoms lie in the span of the rows, which has no more dimensions than rows
         signals = torch.linalg.qr(signals.mT, mode="r")[1].mT.contiguous()
     dictionary = _start(signals, atoms)
     best, least, since = None, float("inf"), 0
