@@ -3,7 +3,7 @@
 Every row runs alone in a process of its own, so that its peak memory is its own: the most that was resident during the
 fit, less what was resident before it (interpreter, libraries, the weight and its statistics). `+ data` is a fit to a Gram
 matrix; forms that share fit two weights. A fit that takes longer than `--limit` is stopped and says so. `--resume` keeps
-the rows that are there.
+the rows that are there, but for those that were stopped earlier than they would be now.
 
     python -m benchmarks.fit_time --json FILE [--sizes 1024x1024,4096x4096] [--only REGEX] [--threads 2]
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from benchmarks.fit_time_page import write_page
 from benchmarks.fit_time_rows import BASELINE, PEERS, held, key, texts
 from benchmarks.harness import machine_facts
 
+_STOPPED = "not done after "
 SIZES = "1024x1024,4096x4096,4096x11008"
 
 
@@ -61,11 +63,23 @@ def _run(what: str, m: int, n: int, threads: int, limit: float, folder: str) -> 
     try:
         ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
     except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {limit:g} seconds"}
+        return {"failed": f"{_STOPPED}{limit:g} seconds"}
     if ended.returncode:
         return {"failed": (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1][:300]}
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return found
+
+
+def stopped_after(row: dict[str, Any]) -> float:
+    """Seconds after which a fit was stopped; infinite for one that was not.
+
+    Examples
+    --------
+    >>> stopped_after({"failed": "not done after 60 seconds"}), stopped_after({"seconds": 3.0})
+    (60.0, inf)
+    """
+    told = row.get("failed", "")
+    return float(told.removeprefix(_STOPPED).split()[0]) if told.startswith(_STOPPED) else math.inf
 
 
 def _write(target: Path, rows: list[dict[str, Any]], threads: int) -> None:
@@ -133,6 +147,8 @@ def main() -> None:
     sizes = [(int(m), int(n)) for m, n in (size.split("x") for size in given.sizes.split(","))]
     wanted = [text for text in [*PEERS, *texts()] if re.search(given.only, text)]
     rows = json.loads(given.json.read_text())["rows"] if given.resume and given.json and given.json.exists() else []
+    again = [key(row) for row in rows if stopped_after(row) < given.limit and row["name"] in wanted]
+    rows = [row for row in rows if key(row) not in again or tuple(row["shape"]) not in sizes]
     found = measure(sizes, wanted, given.threads, given.limit, given.json, rows, Console(stderr=True))
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table(found))

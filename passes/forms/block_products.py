@@ -17,7 +17,7 @@ from recast.passes.forms.block_diagonal import BlockDiagonal
 from recast.passes.forms.linear_algebra import leading_subspace, pseudo_inverse
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.permutation import Shuffle
-from recast.passes.forms.stats import Stats, row_errors
+from recast.passes.forms.stats import Stats
 
 __all__ = ["fit_slices", "outline_slices"]
 
@@ -100,34 +100,42 @@ def _diagonal_blocks(gram: Tensor, count: int) -> Tensor:
 
 
 def _in_turns(weight: Tensor, gram: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares for the left factor and for each block of the right one in turns, until a round gains too little.
+
+    No product with G is taken twice: W G is there once, V G is carried along as V changes, and of what is missing D only
+    D G is asked for, which is W G less U V G.
+    """
     outputs, inputs, _, rank = left.shape
     columns = right.shape[-1]
+    own = [slice(k * columns, (k + 1) * columns) for k in range(inputs)]
     # rows[j]: the outputs (l, j) of all l, (l, n).
     rows = weight.reshape(-1, outputs, weight.shape[1]).transpose(0, 1)
-    inverses = [pseudo_inverse(block) for block in _diagonal_blocks(gram, inputs)]
-    best, least = (left, right), _error(rows, left, right, gram)
+    inverses = [pseudo_inverse(gram[part, part]) for part in own]
+    wanted = rows @ gram
+    right = right.clone()
+    seen = torch.stack([right[:, k] @ gram[part] for k, part in enumerate(own)], 1)  # V G, (J, K, T, n)
+    missed = wanted - left.transpose(1, 2).flatten(2) @ seen.flatten(1, 2)  # D G, (J, l, n)
+    best, least = (left, right.clone()), _error(rows, left, right, missed)
     for _ in range(_ROUNDS):
         # Left: block j reads the features Z_j x, so L_j = W_j G Z_jᵀ (Z_j G Z_jᵀ)⁺.
-        solved = []
-        for j in range(outputs):
-            read = torch.block_diag(*right[j])  # type: ignore[no-untyped-call]  # (K T, n)
-            seen = read @ gram
-            block = (rows[j] @ seen.T) @ pseudo_inverse(seen @ read.T)
-            solved.append(block.reshape(-1, inputs, rank).transpose(0, 1))
-        left = torch.stack(solved)
-        right = right.clone()
+        met = torch.cat([wanted[..., part] @ right[:, k].mT for k, part in enumerate(own)], 2)
+        within = torch.cat([seen.flatten(1, 2)[..., part] @ right[:, k].mT for k, part in enumerate(own)], 2)
+        solved = torch.stack([a @ pseudo_inverse(b) for a, b in zip(met, within, strict=True)])
+        left = solved.reshape(outputs, -1, inputs, rank).transpose(1, 2)
+        torch.sub(wanted, solved @ seen.flatten(1, 2), out=missed)
         # Right: with block k alone free, V_jk changes by (UᵀU)⁺ Uᵀ (D G)_k (G_kk)⁺, D being what is missing.
-        gap = rows - _dense(left, right)
-        for k in range(inputs):
-            own = slice(k * columns, (k + 1) * columns)
-            wanted = (gap @ gram[:, own]) @ inverses[k]
-            change = torch.linalg.pinv(left[:, k]) @ wanted
+        for k, part in enumerate(own):
+            pull = left[:, k].mT @ missed[..., part]
+            change = torch.stack([pseudo_inverse(u.T @ u) @ each for u, each in zip(left[:, k], pull, strict=True)])
+            change = change @ inverses[k]
             right[:, k] += change
-            gap[..., own] -= left[:, k] @ change
-        error = _error(rows, left, right, gram)
+            moved = change @ gram[part]
+            seen[:, k] += moved
+            missed.baddbmm_(left[:, k], moved, alpha=-1)
+        error = _error(rows, left, right, missed)
         enough = not error < least * (1 - _GAIN)
         if error < least:
-            best, least = (left, right), error
+            best, least = (left, right.clone()), error
         if enough:
             break
     return best
@@ -138,5 +146,6 @@ def _dense(left: Tensor, right: Tensor) -> Tensor:
     return (left @ right).transpose(1, 2).flatten(2)
 
 
-def _error(rows: Tensor, left: Tensor, right: Tensor, gram: Tensor) -> float:
-    return float(row_errors((rows - _dense(left, right)).flatten(0, 1), gram).sum())
+def _error(rows: Tensor, left: Tensor, right: Tensor, missed: Tensor) -> float:
+    """Squared error under G, of which `missed` is the product with what is missing."""
+    return float((rows - _dense(left, right)).mul_(missed).sum().clamp_min(0))

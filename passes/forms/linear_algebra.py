@@ -41,11 +41,20 @@ _ROOTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def pseudo_inverse(gram: Tensor) -> Tensor:
-    """Invert a symmetric positive semi-definite matrix (n, n) on the directions above the cutoff, in float64."""
+    """Invert a symmetric positive semi-definite matrix (n, n) on the directions above the cutoff, in float64.
+
+    By Cholesky, a tenth of the work, where that shows that all of them are: the smallest eigenvalue is at least one over the
+    norm of the inverse, the largest at most the norm of the matrix.
+    """
+    lower, failed = torch.linalg.cholesky_ex(gram.double())
+    if int(failed) == 0:
+        inverse = torch.cholesky_inverse(lower)
+        if float(inverse.norm()) * float(gram.double().norm()) * CUTOFF < 1:  # false for infinities and NaN
+            return inverse
     values, vectors = torch.linalg.eigh(gram.double())
     keep = values > CUTOFF * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    inverse: Tensor = (vectors * torch.where(keep, 1 / torch.where(keep, values, 1), 0)) @ vectors.T
-    return inverse
+    scaled: Tensor = vectors * torch.where(keep, 1 / torch.where(keep, values, 1), 0)
+    return scaled @ vectors.T
 
 
 def inverse_factor(gram: Tensor, damping: float, dead: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from recast.kernels.quantized_matmul import reference
 from recast.passes.forms.quantized import Quantized
 from recast.passes.forms.rounding import compensated, integer_snap
-from recast.passes.forms.stats import Stats, row_errors
+from recast.passes.forms.stats import Stats, less_error, row_errors
 
 __all__ = ["fit_quantized"]
 
@@ -283,10 +283,10 @@ def _better(
     reduce_range: bool = False,
 ) -> _Scales:
     """Take, row by row, whichever scales give the smaller error under the Gram matrix."""
-    errors = []
-    for scale, zero in (first, second):
-        found = reference.rounded(weight, scale, zero, bits=bits, group=group, reduce_range=reduce_range)
-        errors.append(row_errors(weight - found, gram))
-    take = (errors[1] < errors[0]).unsqueeze(1)
+    one, other = (
+        weight - reference.rounded(weight, scale, zero, bits=bits, group=group, reduce_range=reduce_range)
+        for scale, zero in (first, second)
+    )
+    take = less_error(other, one, gram).unsqueeze(1)
     zero = None if first[1] is None or second[1] is None else torch.where(take, second[1], first[1])
     return torch.where(take, second[0], first[0]), zero

@@ -16,7 +16,17 @@ from recast.patterns.errors import CalibrationError
 if TYPE_CHECKING:
     from recast.passes.forms.operator import Operator
 
-__all__ = ["SIZES", "Stats", "all_finite", "gap_errors", "relative_error", "row_errors", "sizes_of", "squared_error"]
+__all__ = [
+    "SIZES",
+    "Stats",
+    "all_finite",
+    "gap_errors",
+    "less_error",
+    "relative_error",
+    "row_errors",
+    "sizes_of",
+    "squared_error",
+]
 
 # Sizes of inputs are counted in bins of a 32nd of an octave, 2^-32 to 2^32; the first holds zeros and what is smaller.
 _OCTAVE, _REACH = 32, 32
@@ -316,6 +326,20 @@ def row_errors(difference: Tensor, gram: Tensor | None) -> Tensor:
         weighted = slab if gram is None else slab @ gram.to(slab.device, torch.float64)
         total[start : start + _SLAB] = (weighted * slab).sum(1)
     return total.clamp_min(0)
+
+
+def less_error(one: Tensor, other: Tensor, gram: Tensor | None) -> Tensor:
+    """Whether the error of each row of `one` is less than that of `other`, both (m, n), under a Gram matrix; bool (m,).
+
+    ``aᵀG a - bᵀG b`` is ``(a - b)ᵀG (a + b)``, one product with G in place of two, and none for rows that are alike.
+    """
+    found = torch.zeros(len(one), dtype=torch.bool, device=one.device)
+    for rows in (one != other).any(1).nonzero().squeeze(1).split(_SLAB):  # type: ignore[no-untyped-call]
+        a, b = one[rows].double(), other[rows].double()
+        apart = a - b
+        weighted = apart if gram is None else apart @ gram.to(apart.device, torch.float64)
+        found[rows] = (weighted * (a + b)).sum(1) < 0
+    return found
 
 
 def gap_errors(weight: Tensor, dense: Tensor, gram: Tensor | None) -> Tensor:
