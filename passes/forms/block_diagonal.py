@@ -14,7 +14,7 @@ from torch import Tensor
 from recast.kernels.block_diagonal_matmul import reference
 from recast.passes.forms.algebra import DirectSum
 from recast.passes.forms.form import NamedForm
-from recast.passes.forms.linear_algebra import pseudo_inverse
+from recast.passes.forms.linear_algebra import solve_consistent
 from recast.passes.forms.operator import Cost, Dense, Operator, Refit, matmul_cost
 from recast.passes.forms.stats import Stats
 from recast.patterns.errors import FormError
@@ -134,7 +134,7 @@ class BlockDiagonalForm(NamedForm):
             # predict it.
             within = gram[seen, seen]
             rest = rows @ gram[:, seen] - rows[:, seen] @ within
-            solved.append(rows[:, seen] + rest @ pseudo_inverse(within))
+            solved.append(rows[:, seen] + solve_consistent(rest, within))
         return BlockDiagonal(torch.stack(solved).to(weight.dtype))
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "leading_subspace",
     "output_gram",
     "pseudo_inverse",
+    "solve_consistent",
     "solve_positive",
     "times",
     "turn",
@@ -53,12 +54,36 @@ def pseudo_inverse(gram: Tensor) -> Tensor:
             return inverse
     values, vectors = torch.linalg.eigh(gram.double())
     keep = values > CUTOFF * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    scaled: Tensor = vectors * torch.where(keep, 1 / torch.where(keep, values, 1), 0)
-    return scaled @ vectors.T
+    found: Tensor = (vectors * torch.where(keep, 1 / torch.where(keep, values, 1), 0)) @ vectors.T
+    return found
 
 
-def inverse_factor(gram: Tensor, damping: float, dead: float) -> Tensor:
-    """Find the upper triangular U with ``c H⁻¹ = Uᵀ U``, float64, of a damped Gram matrix H; c is its mean diagonal.
+def solve_consistent(right: Tensor, gram: Tensor) -> Tensor:
+    """Find ``R G⁺``, float64, for a right side R (m, n) whose rows lie in the range of G (n, n), as those of W G do.
+
+    Large matrices that Cholesky alone cannot serve get a ridge at the cutoff and one step of refinement: directions that the
+    data shows come out as they should to the square of the ridge's share, and R has no others.
+    """
+    if len(gram) <= LARGE:
+        return right @ pseudo_inverse(gram)
+    wide = gram.double()
+    right = right.to(wide.dtype)
+    ridge = CUTOFF * wide.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    while True:
+        shifted = wide.clone()
+        shifted.diagonal().add_(ridge)
+        lower, failed = torch.linalg.cholesky_ex(shifted)
+        if int(failed) == 0:
+            break
+        ridge *= 100  # only rounding can have made it indefinite
+    del shifted
+    found = torch.cholesky_solve(right.mT, lower)
+    found += torch.cholesky_solve(right.mT - wide @ found, lower)
+    return found.mT
+
+
+def inverse_factor(gram: Tensor, damping: float, dead: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Find the upper triangular U with ``c H⁻¹ = Uᵀ U``, in float64, of a damped Gram matrix H; c is its mean diagonal.
 
     Parameters
     ----------
@@ -68,10 +93,12 @@ def inverse_factor(gram: Tensor, damping: float, dead: float) -> Tensor:
         Added to the diagonal, as a fraction of its mean; more where that is not enough to factor it.
     dead
         The diagonal of inputs that are always zero, damping included, as a fraction of the mean.
+    dtype
+        What U is returned in, float64 or float32.
     """
     mean = float(gram.diagonal().double().mean())
     if not mean > 0:
-        return torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        return torch.eye(len(gram), dtype=dtype, device=gram.device)
     while True:
         # H = V Vᵀ with V upper triangular is a Cholesky factorisation from the other end, and U the inverse of V.
         turned = turn(gram.to(torch.float64, copy=True)).div_(mean)
@@ -80,8 +107,19 @@ def inverse_factor(gram: Tensor, damping: float, dead: float) -> Tensor:
         diagonal.add_(damping).masked_fill_(unseen, dead)
         inverse = _inverse_of_factor(turned)
         if inverse is not None:
-            return turn(inverse)
+            return _converted(turn(inverse), dtype)
         damping = max(10 * damping, 1e-8)  # statistics of few tokens need more than what was asked for
+
+
+def _converted(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a float64 matrix to float32 where it lies: of a large one there is no second."""
+    if dtype != torch.float32 or not matrix.is_contiguous():
+        return matrix.to(dtype)
+    flat, step = matrix.view(-1), 1 << 20
+    narrow = flat.view(torch.float32)[: len(flat)]
+    for start in range(0, len(flat), step):  # what is written has been read: it is half as wide
+        narrow[start : start + step] = flat[start : start + step].float()
+    return narrow.view(matrix.shape)
 
 
 def turn(matrix: Tensor) -> Tensor:
@@ -345,4 +383,4 @@ def best_left(weight: Tensor, right: Operator, stats: Stats | None, seen: Tensor
     """Find the L (m, k) that minimises ``‖(W - L R) X‖``: ``W G Rᵀ (R G Rᵀ)⁺``, float64; `seen` is R G Rᵀ."""
     dense = right.to_dense().detach().double()
     weighted = weight.double() @ (dense.T if stats is None or stats.gram is None else stats.gram.double() @ dense.T)
-    return weighted @ pseudo_inverse(seen)
+    return solve_consistent(weighted, seen)

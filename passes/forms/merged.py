@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.form import NamedForm
-from recast.passes.forms.linear_algebra import gram_root, pseudo_inverse
+from recast.passes.forms.linear_algebra import gram_root, solve_consistent
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.shared import SharedForm, pooled
 from recast.passes.forms.stats import Stats
@@ -83,6 +83,8 @@ def _clusters(weights: Sequence[Tensor], gram: Tensor | None, count: int) -> lis
     """The number of each matrix's cluster, at most `count` of them."""
     if len(weights) <= count:
         return list(range(len(weights)))
+    if count == 1:
+        return [1] * len(weights)
     n = weights[0].shape[1]
     generator = torch.Generator().manual_seed(_SEED)
     if n <= _PROBES and gram is None:
@@ -118,4 +120,4 @@ def _merged(weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> Tensor:
         gram = known.gram.to(mean.device, torch.float64)
         grams += gram
         moved += (weight.double() - mean) @ gram
-    return (mean + moved @ pseudo_inverse(grams)).to(weights[0].dtype)
+    return (mean + solve_consistent(moved, grams)).to(weights[0].dtype)

@@ -155,9 +155,8 @@ def obs_prune(weight: Tensor, gram: Tensor, choose: Choose, step: int, damping: 
     kept stay as they are.
     """
     m, n = weight.shape
-    upper = inverse_factor(gram.to(weight.device), damping, dead=_DEAD).to(
-        torch.promote_types(weight.dtype, torch.float32)
-    )
+    held = torch.promote_types(weight.dtype, torch.float32)
+    upper = inverse_factor(gram.to(weight.device), damping, dead=_DEAD, dtype=held)
     rows = wide(weight).T.contiguous()  # a column of the weight is a row here: contiguous
     if rows.data_ptr() == weight.data_ptr():
         rows = rows.clone()

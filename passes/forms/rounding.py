@@ -95,7 +95,7 @@ def gptq(
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(n)
     # An input that is always zero may be rounded as it likes, and moves nothing.
-    upper = inverse_factor(gram[order][:, order] if act_order else gram, damping, dead=1.0).to(weight.dtype)
+    upper = inverse_factor(gram[order][:, order] if act_order else gram, damping, dead=1.0, dtype=weight.dtype)
     left = weight.T[order] if act_order else weight.T.clone(memory_format=torch.contiguous_format)  # inputs come first
     places = order.tolist()
     width = n if group is None else group

@@ -95,7 +95,7 @@ def scaled_stats(stats: Stats, factor: Tensor) -> Stats:
     factor = factor.double()
     return replace(
         stats,
-        gram=None if stats.gram is None else stats.gram * factor.unsqueeze(1) * factor,
+        gram=None if stats.gram is None else (stats.gram * factor.unsqueeze(1)).mul_(factor),
         mean=stats.mean * factor,
         absmax=stats.absmax * factor.abs(),
         sizes=None,

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from recast.passes.forms.linear_algebra import solve_positive, turn
+from recast.passes.forms.linear_algebra import (
+    CUTOFF,
+    inverse_factor,
+    pseudo_inverse,
+    solve_consistent,
+    solve_positive,
+    turn,
+)
+from recast.passes.forms.stats import less_error, row_errors
 from tests.helpers import assert_close
 
 
@@ -57,3 +65,53 @@ def test_rows_and_columns_are_reversed_in_place(size: int) -> None:
     assert torch.equal(matrix, expected)
     turned = torch.randn(size, size).T
     assert torch.equal(turn(turned), turned.flip(0, 1))
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-6, 3e-10, 3e-11, 0.0])
+def test_directions_below_the_cutoff_are_not_inverted(smallest: float) -> None:
+    basis = torch.linalg.qr(torch.randn(60, 60, dtype=torch.float64)).Q
+    values = torch.cat(
+        [torch.linspace(0.5, 1, 57, dtype=torch.float64), torch.full((3,), smallest, dtype=torch.float64)]
+    )
+    matrix = (basis * values) @ basis.T
+    kept = torch.where(values > CUTOFF, 1 / values.clamp_min(CUTOFF), 0)
+    # What rounding adds to a matrix of size one is, after inversion, larger by the square of the largest that is inverted.
+    expected = (basis * kept) @ basis.T
+    within = 60 * torch.finfo(torch.float64).eps * float(kept.max()) ** 2
+    assert float((pseudo_inverse((matrix + matrix.T) / 2) - expected).abs().max()) < within
+    assert within < float(kept.max()) / 100
+
+
+@pytest.mark.parametrize("rank", [577, 100, 1])
+def test_consistent_systems_are_solved_as_by_the_pseudo_inverse(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(rank, 577, dtype=torch.float64) * torch.logspace(0, -2, 577, dtype=torch.float64)
+    gram = x.T @ x
+    right = torch.randn(60, 577, dtype=torch.float64) @ gram
+    expected = right @ torch.linalg.pinv(gram, hermitian=True, rtol=CUTOFF)
+    monkeypatch.setattr("recast.passes.forms.linear_algebra.LARGE", 100)
+    found = solve_consistent(right, gram)
+    # On the data, where it counts: what is at the cutoff, of which the ridge takes a share, is seen by its root.
+    assert float(((found - expected) @ x.T).norm()) < CUTOFF**0.5 * float((expected @ x.T).norm())
+    assert torch.equal(solve_consistent(torch.zeros_like(right), torch.zeros_like(gram)), torch.zeros_like(right))
+
+
+@pytest.mark.parametrize("size", [1, 63, 1100])  # the last one is converted in several stretches
+def test_factors_are_narrowed_where_they_lie(size: int) -> None:
+    x = torch.randn(2 * size, size, dtype=torch.float64)
+    gram = x.T @ x
+    wide, narrow = inverse_factor(gram, 0.01, 1.0), inverse_factor(gram, 0.01, 1.0, dtype=torch.float32)
+    assert narrow.dtype == torch.float32
+    assert torch.equal(narrow, wide.float())
+    assert torch.equal(gram, x.T @ x)
+
+
+@pytest.mark.parametrize("with_gram", [False, True])
+def test_rows_of_less_error(with_gram: bool) -> None:
+    one, other = torch.randn(300, 63), torch.randn(300, 63)
+    other[7], one[8] = one[7], 0
+    x = torch.randn(99, 63, dtype=torch.float64)
+    gram = x.T @ x if with_gram else None
+    expected = row_errors(one, gram) < row_errors(other, gram)
+    assert torch.equal(less_error(one, other, gram), expected)
+    assert not bool(expected[7])
+    assert bool(expected[8])

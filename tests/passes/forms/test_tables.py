@@ -201,6 +201,26 @@ def test_values_are_clustered_as_well_as_can_be() -> None:
             assert np.isclose(centres[k], (sorted_w[own] * sorted_x[own]).sum() / sorted_w[own].sum())
 
 
+@pytest.mark.parametrize("data", [False, True])
+def test_many_numbers_are_counted_before_they_are_clustered(data: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(60, 577)
+    weight[3], weight[:, 5] = 0, 0
+    stats = Stats.from_inputs(torch.randn(300, 577) * torch.logspace(0, -2, 577)) if data else None
+    form = Form.parse("kmeans(bits=3)")
+    sorted_ = form.fit(weight, stats)
+    monkeypatch.setattr("recast.passes.forms.kmeans._MANY", 1000)
+    monkeypatch.setattr("recast.passes.forms.kmeans._SLAB", 5000)
+    counted = form.fit(weight, stats)
+    assert isinstance(sorted_, Codebook)
+    assert isinstance(counted, Codebook)
+    # A bin is a millionth of the range; a number on its other side moves a mean by less than that.
+    apart = (counted.table - sorted_.table).abs().max()
+    assert 0 <= apart < 1e-5 * (weight.max() - weight.min())
+    assert relative_error(weight, counted)[0] < 1.0001 * relative_error(weight, sorted_)[0]
+    few = torch.tensor([-3.0, 0.1, 7.0])[torch.randint(0, 3, (60, 577))]
+    assert_close(form.fit(few, stats).to_dense(), few)
+
+
 def test_vectors_are_clustered_no_worse_than_by_scipy() -> None:
     centres = torch.randn(8, 3, dtype=torch.float64) * 4
     vectors = centres[torch.randint(0, 8, (400,))] + 0.1 * torch.randn(400, 3, dtype=torch.float64)
