@@ -18,7 +18,7 @@ from recast.passes.follow import root_of
 from recast.passes.forms.form import Form
 from recast.passes.forms.operator import Operator, identity_of
 from recast.passes.forms.scaled import ScaledInputs
-from recast.passes.forms.shared import divided, groups_of
+from recast.passes.forms.shared import SharedForm, divided, groups_of
 from recast.passes.forms.stats import Stats
 from recast.passes.left_dense import outside_blocks
 from recast.passes.modules.apply import choose
@@ -177,12 +177,24 @@ def plan(
         coverage=covered.fraction,
         notes=[
             *_idle(asked, sites, smaller.names),
+            *_unshared(entries, together),
             *kept.notes,
             *inner,
             *_notes(seen),
             *_unseen(entries, seen),
         ],
     )
+
+
+def _unshared(entries: Mapping[str, Entry], together: Sequence[Sequence[str]]) -> list[str]:
+    """Say which groups share nothing that is worth it."""
+    told = []
+    for names in together:
+        kept = [name for name in names if name in entries]
+        shared = entries[kept[0]].form.shared_part if kept else None
+        if isinstance(shared, SharedForm) and (why := shared.idle(len(names))) is not None:
+            told.append(f"{shared}: {why} (at {', '.join(kept[:3])}{' ...' if len(kept) > 3 else ''})")
+    return told
 
 
 def _notes(fitted: Mapping[str, Stats | None]) -> list[str]:

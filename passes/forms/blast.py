@@ -131,7 +131,15 @@ class Blast(NamedForm):
         rank, largest = self.rank_for(shape), min(shape)
         if rank > largest:
             return f"has rank at most {largest}, asked {rank}", f"rank {largest} or less would work"
-        return None if rank else (f"keeps no rank in {self.blocks} x {self.blocks} blocks", "fewer blocks would")
+        if rank:
+            return None
+        m, n = shape
+        least = (m + n + self.blocks**2) / (m * n)
+        fewer = " or fewer blocks" if self.blocks > 1 else ""
+        return (
+            f"keeps no rank in {self.blocks} x {self.blocks} blocks",
+            f"ratio {least * 1.001:.4g} or more{fewer} would work",
+        )
 
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Operator:
         (m, n), b, rank = shape, self.blocks, self.rank_for(shape)

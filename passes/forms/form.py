@@ -187,6 +187,8 @@ class Form(abc.ABC):
             made = self.solve(weight, stats)
         except Exception as error:
             # Of a form from elsewhere: who runs a plan should read which one failed, and at what.
+            if isinstance(error, CalibrationError) and where and where not in str(error):
+                raise CalibrationError(f"{where}: {error}") from error
             if isinstance(error, RecastError):
                 raise
             if type(self).__module__.startswith("recast."):
@@ -217,7 +219,8 @@ class Form(abc.ABC):
         self.check((weight.shape[0], weight.shape[1]), where)
         if weight.dtype not in _FITTED:
             found = "too coarse to be fitted" if weight.is_floating_point() else "not floating"
-            raise WeightError(f"{self}: the weight{at} is {weight.dtype}, {found}; weight.float() would work")
+            works = "real and imaginary part as two weights" if weight.is_complex() else "weight.float()"
+            raise WeightError(f"{self}: the weight{at} is {weight.dtype}, {found}; {works} would work")
         if stats is not None and not isinstance(stats, Stats):
             raise CalibrationError(
                 f"{self}: statistics{at} must be recast.passes.forms.stats.Stats, not {type(stats).__name__}; "

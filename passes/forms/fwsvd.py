@@ -98,7 +98,8 @@ def fisher_roots(
         found = "there are no statistics" if stats is None else "these statistics hold none"
         raise CalibrationError(
             f"{form}: importances of the weight's rows and columns are needed, {found}; "
-            "recast.calibrate(program, batches, loss=...) gathers them from the gradients of a loss"
+            "recast.calibrate(program, batches, loss=...) gathers them from the gradients of a loss, which is Python: the command "
+            "line has none"
         )
     if stats.row_importance.shape[0] != weight.shape[0]:
         name = getattr(form, "name", form)

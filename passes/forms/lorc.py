@@ -48,7 +48,12 @@ class Corrected(OverBase):
         return [cls(base="int4(group=16)", rank=rank) for rank in sorted({1, max(1, small // 4), max(1, small // 2)})]
 
     def problem(self, shape: tuple[int, int]) -> tuple[str, str] | None:
-        return LowRank(rank=self.rank).problem(shape)
+        largest = min(shape)  # bytes are those of the base besides: no rank of it saves any by itself
+        return (
+            None
+            if self.rank <= largest
+            else (f"has rank at most {largest}, asked {self.rank}", f"{largest} or less would work")
+        )
 
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Operator | None:
         first, second = self.inner().outline(shape, dtype), LowRank(rank=self.rank).outline(shape, dtype)

@@ -50,6 +50,10 @@ class SharedForm(Together):
         if self.across not in ACROSS:
             raise FormError(f"{self.name}: across is {self.across!r}; {nearest(self.across, ACROSS)}")
 
+    def idle(self, count: int) -> str | None:
+        """Say why a group of so many matrices gains nothing by sharing, and what would; None where it may."""
+        return None
+
     def fit_together(
         self, weights: Sequence[Tensor], stats: Sequence[Stats | None], *, where: Sequence[str] | None = None
     ) -> list[Operator]:

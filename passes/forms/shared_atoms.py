@@ -128,6 +128,15 @@ class SharedAtoms(SharedForm):
             return f"has rank at most {min(shape)}, {self.rank} is asked for", f"{min(shape)} or less would work"
         return None
 
+    def idle(self, count: int) -> str | None:
+        if self.atoms < count:
+            return None
+        instead = f"{max(1, count // 3)} would" if count > 1 else "a form of single matrices would"
+        return (
+            f"{self.atoms} atoms for a group of {count}, which can use {count}: sharing saves no bytes, and every weight is put "
+            f"together of them; {instead} save"
+        )
+
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Operator:
         def empty(*sizes: int) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device="meta")

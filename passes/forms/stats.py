@@ -161,6 +161,14 @@ class Stats:
             raise CalibrationError(
                 f"statistics: sample{at} has shape {tuple(self.sample.shape)}; (anything, {features}) would work"
             )
+        if self.sample is not None and not all_finite(self.sample):
+            raise CalibrationError(f"statistics: sample{at} is not finite; check the batches, or leave it out")
+        for name in ("row_importance", "column_importance"):
+            value = getattr(self, name)
+            if value is not None and value.numel() and float(value.min()) < 0:
+                raise CalibrationError(
+                    f"statistics: {name}{at} holds {float(value.min()):.3g}; sums of squares, zero or more, would work"
+                )
 
     @property
     def features(self) -> int:

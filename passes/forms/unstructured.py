@@ -240,7 +240,7 @@ class Unstructured(NamedForm):
     def problem(self, shape: tuple[int, int]) -> tuple[str, str] | None:
         if self.kept(shape):
             return None
-        return f"keeps no value at density {self.density}", f"{-(-10000 // shape[1]) / 10000} or more would work"
+        return f"keeps no value at density {self.density}", f"{-(-5000 // shape[1]) / 10000} or more would work"
 
     def outline(self, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> BitmapSparse | TiledSparse:
         return outline_scattered(shape, self.kept(shape), dtype, self.storage)

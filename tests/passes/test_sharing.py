@@ -207,3 +207,14 @@ def test_shared_forms_where_they_cannot_stand() -> None:
 def test_a_budget_cannot_weigh_what_sites_share(program: recast.Program) -> None:
     with pytest.raises(PlanError, match="is shared between sites"):
         recast.plan(program, {"budget": 0.5, "candidates": ["int8", "shared_atoms(2)"]})
+
+
+def test_groups_that_are_too_small_for_their_atoms_are_told(program: recast.Program) -> None:
+    def notes(form: str) -> list[str]:
+        recipe = {"rules": [{"match": "*.query", "form": form}], "allow_larger": True}
+        return recast.plan(program, recipe, cache=OperatorCache(None)).notes
+
+    assert not any("sharing saves" in note for note in notes("shared_atoms(2) | int8"))
+    (told,) = (note for note in notes("shared_atoms(8) | int8") if "sharing saves" in note)
+    assert told.startswith("shared_atoms(atoms=8): 8 atoms for a group of 3, which can use 3")
+    assert "1 would save (at layers.0.query, layers.1.query, layers.2.query)" in told

@@ -1,5 +1,7 @@
 """Fits against solutions derived anew in numpy and scipy, in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -259,6 +261,12 @@ def test_bad_statistics_are_refused() -> None:
         form.fit(torch.randn(4, 6), good, where="a.b")
     with pytest.raises(CalibrationError, match="not finite"):
         form.fit(torch.randn(4, 8), Stats(torch.full((8, 8), torch.inf), good.mean, good.absmax, 5))
+    with pytest.raises(CalibrationError, match=r"sample at a.b is not finite"):
+        form.fit(torch.randn(4, 8), replace(good, sample=torch.full((2, 8), torch.nan)), where="a.b")
+    with pytest.raises(CalibrationError, match="row_importance holds -1; sums of squares, zero or more, would work"):
+        form.fit(torch.randn(4, 8), replace(good, row_importance=-torch.ones(4)))
+    with pytest.raises(CalibrationError, match=r"^a\.b: fwsvd.*importances .* are needed"):
+        Form.parse("fwsvd(2)").fit(torch.randn(4, 8), good, where="a.b")
     with pytest.raises(CalibrationError, match="not finite"):
         Stats.from_inputs(torch.tensor([[torch.nan]]))
     with pytest.raises(CalibrationError, match="not one input vector"):

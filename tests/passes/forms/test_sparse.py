@@ -285,9 +285,9 @@ def test_parameters_that_make_no_sense_are_refused(text: str, says: str) -> None
 
 
 def test_a_density_that_keeps_nothing_is_refused() -> None:
-    with pytest.raises(FormError, match=r"keeps no value at density 0.01 at a.b; 0.0625 or more would work"):
+    with pytest.raises(FormError, match=r"keeps no value at density 0.01 at a.b; 0.0313 or more would work"):
         Form.parse("unstructured(0.01)").check((8, 16), "a.b")
-    Form.parse("unstructured(0.0625)").check((8, 16))
+    Form.parse("unstructured(0.0313)").check((8, 16))
 
 
 @pytest.mark.parametrize("text", ["sparse24", "unstructured(0.5)", "column_sparse(0.5)"])

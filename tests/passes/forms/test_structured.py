@@ -202,7 +202,11 @@ def test_blast_is_at_least_the_low_rank_fit() -> None:
         ("permutation", r"is not square at layers.0; \(48, 48\) would"),
         ("blast(5)", "4 or 8 would"),
         ("blast(4, 49)", "has rank at most 48, asked 49 at layers.0; rank 48 or less would work"),
-        ("blast(16, ratio=0.01)", "keeps no rank in 16 x 16 blocks at layers.0; fewer blocks would"),
+        (
+            "blast(16, ratio=0.01)",
+            "keeps no rank in 16 x 16 blocks at layers.0; ratio 0.1199 or more or fewer blocks would",
+        ),
+        ("blast(1, ratio=0.01)", "keeps no rank in 1 x 1 blocks at layers.0; ratio 0.03682 or more would work"),
     ],
 )
 def test_shapes_are_checked_before_any_work(text: str, says: str) -> None:
