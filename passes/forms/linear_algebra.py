@@ -72,8 +72,8 @@ def solve_consistent(right: Tensor, gram: Tensor) -> Tensor:
     while True:
         shifted = wide.clone()
         shifted.diagonal().add_(ridge)
-        lower, failed = torch.linalg.cholesky_ex(shifted)
-        if int(failed) == 0:
+        lower = _factor(shifted)
+        if lower is not None:
             break
         ridge *= 100  # only rounding can have made it indefinite
     del shifted
@@ -143,20 +143,29 @@ def turn(matrix: Tensor) -> Tensor:
     return matrix
 
 
-def _inverse_of_factor(matrix: Tensor) -> Tensor | None:
-    """Invert the lower Cholesky factor of a matrix, which is overwritten; None if it is not positive definite."""
+def _factor(matrix: Tensor) -> Tensor | None:
+    """The lower Cholesky factor of a matrix, which is overwritten; None if it is not positive definite."""
     if matrix.device.type == "cpu":
-        # In place, or the largest matrices would be there four times; the inverse costs a third of solving for it.
         import scipy.linalg.lapack
 
         # Symmetric, so that its transpose is the same matrix in Fortran's order.
         factor, info = scipy.linalg.lapack.dpotrf(matrix.numpy().T, lower=0, overwrite_a=1, clean=1)
-        if info == 0:
-            factor, info = scipy.linalg.lapack.dtrtri(factor, lower=0, overwrite_c=1)
         return torch.from_numpy(factor.T) if info == 0 else None
     lower, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) != 0:
+    return None if int(info) else lower
+
+
+def _inverse_of_factor(matrix: Tensor) -> Tensor | None:
+    """Invert the lower Cholesky factor of a matrix, which is overwritten; None if it is not positive definite."""
+    lower = _factor(matrix)
+    if lower is None:
         return None
+    if matrix.device.type == "cpu":
+        # In place, or the largest matrices would be there four times; the inverse costs a third of solving for it.
+        import scipy.linalg.lapack
+
+        factor, info = scipy.linalg.lapack.dtrtri(lower.numpy().T, lower=0, overwrite_c=1)
+        return torch.from_numpy(factor.T) if info == 0 else None
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
     return inverse
