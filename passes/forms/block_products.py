@@ -9,12 +9,14 @@ each of rank T by itself. U makes the J blocks (m/J, K T) of the left matrix, V 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from recast.passes.forms.algebra import Product
 from recast.passes.forms.block_diagonal import BlockDiagonal
-from recast.passes.forms.linear_algebra import leading_subspace, pseudo_inverse
+from recast.passes.forms.linear_algebra import leading_subspace, pseudo_inverse, times
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.permutation import Shuffle
 from recast.passes.forms.stats import Stats
@@ -35,12 +37,13 @@ def fit_slices(weight: Tensor, stats: Stats | None, inputs: int, outputs: int, r
     factor, and the blocks of the right one by one, are solved for exactly in turns, so the error never rises.
     """
     m, n = weight.shape
-    slices = weight.double().reshape(m // outputs, outputs, inputs, n // inputs).permute(1, 2, 0, 3)
     gram = None if stats is None or stats.gram is None else stats.gram.to(weight.device, torch.float64)
-    left = _subspaces(slices, gram, rank)
-    right = left.mT @ slices
-    if gram is not None:
-        left, right = _in_turns(weight.double(), gram, left, right)
+    # rows[j]: the outputs (l, j) of all l, (l, n). Blocks of outputs do not meet: each has its own slices on both sides.
+    inverses = [] if gram is None else [pseudo_inverse(_own(gram, k, n // inputs)) for k in range(inputs)]
+    made = [
+        _fit_rows(rows, gram, inverses, inputs, rank) for rows in weight.reshape(m // outputs, outputs, n).unbind(1)
+    ]
+    left, right = (torch.stack(sides) for sides in zip(*made, strict=True))
     # Equal norms on both sides, which for the SVD is the split of the roots: no factor over- or underflows.
     size = (right.norm(dim=-1) / left.norm(dim=-2).clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
     size = torch.where((size > 0) & torch.isfinite(size), size, 1)
@@ -72,16 +75,27 @@ def _moved(before: Operator, inputs: int, outputs: int, rank: int) -> Operator:
     return Product(Shuffle(inputs, outputs, before.dtype, rank), before)
 
 
+def _fit_rows(
+    rows: Tensor, gram: Tensor | None, inverses: Sequence[Tensor], inputs: int, rank: int
+) -> tuple[Tensor, Tensor]:
+    """Fit the outputs of one block (l, n): U (K, l, T) and V (K, T, p), float64."""
+    slices = rows.double().unflatten(1, (inputs, -1)).transpose(0, 1)  # type: ignore[no-untyped-call]
+    left = _subspaces(slices, gram, rank)
+    right = left.mT @ slices
+    del slices
+    return (left, right) if gram is None else _in_turns(rows, gram, inverses, left, right)
+
+
 def _subspaces(slices: Tensor, gram: Tensor | None, rank: int) -> Tensor:
-    """Leading directions (J, K, l, T) of each slice (J, K, l, p), as the Gram matrix of its own inputs weighs them."""
-    outputs, inputs, rows, columns = slices.shape
+    """Leading directions (K, l, T) of each slice (K, l, p), as the Gram matrix of its own inputs weighs them."""
+    inputs, rows, columns = slices.shape
     if min(rows, columns) > 256:  # one eigenproblem on the smaller side each, rather than a batch of SVDs
-        found = [
-            leading_subspace(slices[j, k], _own(gram, k, columns), rank=rank)
-            for j in range(outputs)
-            for k in range(inputs)
-        ]
-        return torch.stack(found).reshape(outputs, inputs, rows, rank)
+        return torch.stack(
+            [
+                leading_subspace(each, None if gram is None else _own(gram, k, columns), rank=rank)
+                for k, each in enumerate(slices.unbind())
+            ]
+        )
     weighted = slices
     if gram is not None:
         values, vectors = torch.linalg.eigh(_diagonal_blocks(gram, inputs))
@@ -90,8 +104,8 @@ def _subspaces(slices: Tensor, gram: Tensor | None, rank: int) -> Tensor:
     return directions
 
 
-def _own(gram: Tensor | None, k: int, columns: int) -> Tensor | None:
-    return None if gram is None else gram[k * columns : (k + 1) * columns, k * columns : (k + 1) * columns]
+def _own(gram: Tensor, k: int, columns: int) -> Tensor:
+    return gram[k * columns : (k + 1) * columns, k * columns : (k + 1) * columns]
 
 
 def _diagonal_blocks(gram: Tensor, count: int) -> Tensor:
@@ -99,39 +113,36 @@ def _diagonal_blocks(gram: Tensor, count: int) -> Tensor:
     return torch.stack([gram[k * size : (k + 1) * size, k * size : (k + 1) * size] for k in range(count)])
 
 
-def _in_turns(weight: Tensor, gram: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Least squares for the left factor and for each block of the right one in turns, until a round gains too little.
+def _in_turns(
+    rows: Tensor, gram: Tensor, inverses: Sequence[Tensor], left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Least squares for U and for each block of V in turns, until a round gains too little.
 
     No product with G is taken twice: W G is there once, V G is carried along as V changes, and of what is missing D only
     D G is asked for, which is W G less U V G.
     """
-    outputs, inputs, _, rank = left.shape
+    inputs, count, rank = left.shape
     columns = right.shape[-1]
     own = [slice(k * columns, (k + 1) * columns) for k in range(inputs)]
-    # rows[j]: the outputs (l, j) of all l, (l, n).
-    rows = weight.reshape(-1, outputs, weight.shape[1]).transpose(0, 1)
-    inverses = [pseudo_inverse(gram[part, part]) for part in own]
-    wanted = rows @ gram
+    wanted = times(rows, gram)
     right = right.clone()
-    seen = torch.stack([right[:, k] @ gram[part] for k, part in enumerate(own)], 1)  # V G, (J, K, T, n)
-    missed = wanted - left.transpose(1, 2).flatten(2) @ seen.flatten(1, 2)  # D G, (J, l, n)
+    seen = torch.cat([right[k] @ gram[part] for k, part in enumerate(own)])  # V G, (K T, n)
+    missed = torch.addmm(wanted, left.transpose(0, 1).flatten(1), seen, alpha=-1)  # D G, (l, n)
     best, least = (left, right.clone()), _error(rows, left, right, missed)
     for _ in range(_ROUNDS):
-        # Left: block j reads the features Z_j x, so L_j = W_j G Z_jᵀ (Z_j G Z_jᵀ)⁺.
-        met = torch.cat([wanted[..., part] @ right[:, k].mT for k, part in enumerate(own)], 2)
-        within = torch.cat([seen.flatten(1, 2)[..., part] @ right[:, k].mT for k, part in enumerate(own)], 2)
-        solved = torch.stack([a @ pseudo_inverse(b) for a, b in zip(met, within, strict=True)])
-        left = solved.reshape(outputs, -1, inputs, rank).transpose(1, 2)
-        torch.sub(wanted, solved @ seen.flatten(1, 2), out=missed)
-        # Right: with block k alone free, V_jk changes by (UᵀU)⁺ Uᵀ (D G)_k (G_kk)⁺, D being what is missing.
+        # The block reads the features Z x, so L = W G Zᵀ (Z G Zᵀ)⁺.
+        met = torch.cat([wanted[:, part] @ right[k].T for k, part in enumerate(own)], 1)
+        within = torch.cat([seen[:, part] @ right[k].T for k, part in enumerate(own)], 1)
+        solved = met @ pseudo_inverse(within)
+        left = solved.reshape(count, inputs, rank).transpose(0, 1)
+        torch.addmm(wanted, solved, seen, alpha=-1, out=missed)
+        # With block k of V alone free, it changes by (UᵀU)⁺ Uᵀ (D G)_k (G_kk)⁺, D being what is missing.
         for k, part in enumerate(own):
-            pull = left[:, k].mT @ missed[..., part]
-            change = torch.stack([pseudo_inverse(u.T @ u) @ each for u, each in zip(left[:, k], pull, strict=True)])
-            change = change @ inverses[k]
-            right[:, k] += change
+            change = pseudo_inverse(left[k].T @ left[k]) @ (left[k].T @ missed[:, part]) @ inverses[k]
+            right[k] += change
             moved = change @ gram[part]
-            seen[:, k] += moved
-            missed.baddbmm_(left[:, k], moved, alpha=-1)
+            seen[k * rank : (k + 1) * rank] += moved
+            missed.addmm_(left[k], moved, alpha=-1)
         error = _error(rows, left, right, missed)
         enough = not error < least * (1 - _GAIN)
         if error < least:
@@ -141,11 +152,9 @@ def _in_turns(weight: Tensor, gram: Tensor, left: Tensor, right: Tensor) -> tupl
     return best
 
 
-def _dense(left: Tensor, right: Tensor) -> Tensor:
-    """Rows of the matrix by j: (J, l, n)."""
-    return (left @ right).transpose(1, 2).flatten(2)
-
-
 def _error(rows: Tensor, left: Tensor, right: Tensor, missed: Tensor) -> float:
     """Squared error under G, of which `missed` is the product with what is missing."""
-    return float((rows - _dense(left, right)).mul_(missed).sum().clamp_min(0))
+    total = missed.new_zeros(())
+    for u, v, own, pull in zip(left, right, rows.chunk(len(left), 1), missed.chunk(len(left), 1), strict=True):
+        total += torch.addmm(own.double(), u, v, alpha=-1).mul_(pull).sum()
+    return float(total.clamp_min(0))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recast.passes.forms.form import NamedForm
-from recast.passes.forms.linear_algebra import pseudo_inverse, times
+from recast.passes.forms.linear_algebra import solve_consistent, times
 from recast.passes.forms.operator import Dense, Operator
 from recast.passes.forms.pruning import scores
 from recast.passes.forms.sparse import Sparse
@@ -134,6 +134,7 @@ class ColumnSparseForm(NamedForm):
             gram = stats.gram.to(weight.device, torch.float64)
             # What the kept columns are short of on the data; where they see nothing they stay as they are.
             rest = weight.index_fill(1, columns, 0)
-            explained = gram[:, columns] @ pseudo_inverse(gram[columns][:, columns])
-            values = (values.double() + times(rest, explained)).to(weight.dtype)
+            met = times(rest, gram[:, columns])
+            del rest
+            values = (values.double() + solve_consistent(met, gram[columns.unsqueeze(1), columns])).to(weight.dtype)
         return ColumnSparse(Dense(values.contiguous()), columns.to(torch.int32), shape[1])

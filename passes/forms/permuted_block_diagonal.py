@@ -89,7 +89,7 @@ class PermutedBlockDiagonal(NamedForm):
     def _operator(self, weight: Tensor, gram: Tensor | None, rows: Tensor, columns: Tensor) -> Operator:
         # Members of a group keep their order, so that labels which change nothing make the identity.
         row_order, column_order = rows.argsort(stable=True), columns.argsort(stable=True)
-        moved = None if gram is None else Stats.from_gram(gram[column_order][:, column_order])
+        moved = None if gram is None else Stats.from_gram(gram[column_order.unsqueeze(1), column_order])
         inner = BlockDiagonalForm(self.blocks).solve(weight[row_order][:, column_order], moved)
         before = Permutation(column_order.to(torch.int32), weight.dtype)
         return Product(Permutation(row_order.argsort().to(torch.int32), weight.dtype), Product(inner, before))

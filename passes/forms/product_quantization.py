@@ -25,12 +25,13 @@ _SLAB = 1 << 12
 
 def assign(vectors: Tensor, weights: Tensor, centres: Tensor) -> Tensor:
     """Return the nearest centre (L,) of vectors (L, d) under ``Σ weights (x - c)²``, weights (L, d)."""
-    found = []
+    # Filled in place: small results kept between large temporaries would scatter the heap, gigabytes of it.
+    found = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
     for start in range(0, len(vectors), _SLAB):
         x, w = vectors[start : start + _SLAB], weights[start : start + _SLAB]
         distance = w @ centres.square().T - 2 * (w * x) @ centres.T
-        found.append(distance.argmin(1))
-    return torch.cat(found)
+        found[start : start + _SLAB] = distance.argmin(1)
+    return found
 
 
 def cluster_vectors(vectors: Tensor, weights: Tensor, count: int) -> Tensor:
