@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from recast.patterns.program import Program
 
 __all__ = ["forms_by_target"]
 
+_LARGE = (4096, 4096)
 _COMBINED = ("low_rank(ratio=0.5) | int8", "int4(group=32) + low_rank(rank=16)")
 
 
@@ -53,7 +56,9 @@ def forms_by_target(*asked: str) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        ``name`` (empty for an expression), ``summary``, ``parameters``, ``example`` and ``targets``, the kernel by target.
+        ``name`` (empty for an expression), ``summary``, ``parameters``, ``example`` and ``targets``, the kernel by target. Of those
+        that were asked for also ``about``, what the form is in algebra, what it holds and where it comes from, and ``size``,
+        what a weight of 4096 x 4096 in bfloat16 becomes; None where it depends on the weight, or there is none to tell.
 
     Raises
     ------
@@ -77,9 +82,43 @@ def forms_by_target(*asked: str) -> list[dict[str, Any]]:
     for text in combined:
         Form.parse(text).check((64, 64))
         rows.append({"name": "", "summary": "an expression", "parameters": [], "example": text})
+    if asked:
+        for row in [*rows, *unfit]:
+            named = known.get(row["name"])
+            row["about"] = None if named is None else _about(named)
+            # Of a form by name, what its first example for such a weight is; of an expression, that.
+            large = None if named is None else next(iter(named.examples(_LARGE)), None)
+            row["size"] = _size(Form.parse(row["example"]) if named is None else large)
     for row, kernels in zip(rows, _kernels_of([row["example"] for row in rows]), strict=True):
         row["targets"] = dict(zip(lowerings(), kernels, strict=True))
     return sorted(rows + unfit, key=lambda row: (not row["name"], row["name"]))
+
+
+def _about(kind: type) -> str:
+    """What a class says of itself, up to its examples."""
+    told = inspect.cleandoc(kind.__doc__ or "").partition("\nExamples\n")[0]
+    return re.sub(r"\n*Notes\n-+\n", "\n\n", told).replace("``", "").strip()
+
+
+def _size(form: Any) -> dict[str, Any] | None:
+    """Bytes and operations of a form of a large weight, as its outline counts them."""
+    if not isinstance(form, Form):
+        return None
+    try:
+        form.check(_LARGE)
+        made = form.outline(_LARGE, torch.bfloat16)
+    except FormError:
+        return None
+    if made is None:
+        return None
+    m, n = _LARGE
+    return {
+        "form": str(form),
+        "shape": list(_LARGE),
+        "bytes": made.nbytes,
+        "share of bytes": made.nbytes / (2 * m * n),
+        "share of operations": made.cost(1).flops / (2 * m * n),
+    }
 
 
 def _kernels_of(texts: list[str]) -> list[list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -114,6 +114,19 @@ def explanation(found: Mapping[str, Any]) -> list[Any]:
     return parts
 
 
+def _told_of_form(row: Mapping[str, Any]) -> Iterator[Any]:
+    """What a form is, holds and costs, in words."""
+    yield Text(f"\n{row['name'] or row['example']}", style="bold")
+    if row["about"]:
+        yield Text(row["about"])
+    if size := row["size"]:
+        m, n = size["shape"]
+        yield Text(
+            f"{size['form']} of a weight {m} x {n} in bfloat16: {size['share of bytes']:.1%} of its bytes, "
+            f"{size['share of operations']:.1%} of its operations for a token."
+        )
+
+
 def forms_tables(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     """What `recast forms` prints."""
     listed = []
@@ -131,7 +144,9 @@ def forms_tables(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
         table("Forms", ["form", "what it is", "parameters"], listed),
         Text("Forms combine: A + B is a sum, A @ B a product, A | B fits B to what A made."),
     ]
+    told = [part for row in rows if row.get("about") or row.get("size") for part in _told_of_form(row)]
     return [
         *(of_forms if listed else ()),
+        *told,
         table("What runs them here", ["form", *targets], runs),
     ]

@@ -79,6 +79,12 @@ def test_forms_lists_parameters_and_kernels(cli: Cli, monkeypatch: pytest.Monkey
     assert any(p["name"] == "ratio" for p in forms[1]["parameters"])
     assert "loss" in forms[0]["targets"]["eager"]
     assert all(row["targets"]["eager"] for row in forms)
+    assert forms[1]["about"].startswith("W ≈ B A")
+    assert "Examples" not in forms[1]["about"]
+    # A rank of 4 in eight bits, a scale of four bytes for each of its 4100 rows.
+    assert forms[2]["size"]["bytes"] == 4 * 8192 + 4 * 4100
+    assert forms[2]["size"]["share of operations"] == 4 * 8192 / 4096**2
+    assert forms[1]["size"]["bytes"] == forms[1]["size"]["share of bytes"] * 2 * 4096**2
 
     def again(*_: Any) -> None:
         raise AssertionError("lowered again")
@@ -87,6 +93,7 @@ def test_forms_lists_parameters_and_kernels(cli: Cli, monkeypatch: pytest.Monkey
     shown = cli("forms", *asked).out
     assert "low_rank" in shown
     assert "int8" in shown
+    assert "of a weight 4096 x 4096 in bfloat16" in shown
     assert cli("forms", *asked, "--json").json["forms"] == forms
 
 
