@@ -67,7 +67,7 @@ def _memory(rows: Sequence[Row], marks: Sequence[Mapping[str, Any]], shapes: Seq
         if not fits:
             continue
         told = ", ".join(f"`{m['row']}` ({m['peak bytes'] / m['at most']:.1f} of it)" for m in over) or "none"
-        if 2 * len(over) > len(fits) and fits[0]["weight_bytes"] < 2**24:
+        if len(over) > 12 and fits[0]["weight_bytes"] < 2**24:
             told = "most of them: what libraries hold for themselves, some 20 MB, is more than so small a weight"
         lines.append(f"- {shape}: {len(over)} of {len(fits)}: {told}.")
     return lines
