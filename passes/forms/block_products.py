@@ -110,7 +110,7 @@ def _own(gram: Tensor, k: int, columns: int) -> Tensor:
 
 def _diagonal_blocks(gram: Tensor, count: int) -> Tensor:
     size = gram.shape[0] // count
-    return torch.stack([gram[k * size : (k + 1) * size, k * size : (k + 1) * size] for k in range(count)])
+    return torch.stack([_own(gram, k, size) for k in range(count)])
 
 
 def _in_turns(

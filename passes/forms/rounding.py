@@ -39,6 +39,8 @@ _BLOCK = 128
 # unrounded.
 _DAMPING = 0.01
 _PASSES = 30
+# Units of rounding by which an error must fall to count as lower.
+_NOISE = 64
 
 
 def integer_snap(steps: Tensor, offsets: Tensor, width: int, codes: tuple[int, int]) -> Snap:
@@ -151,13 +153,15 @@ def quantease(weight: Tensor, gram: Tensor, start: Tensor, snap: Snap, *, passes
     target, current = weight.T.contiguous(), start.T.contiguous().clone()  # of one row, they would be views
     best, errors = current.clone(), _errors(target - current, g)
     least = errors
+    # Errors are carried along; what they lack by rounding would otherwise pass for a gain, and no round for the last.
+    gain = 1 - _NOISE * torch.finfo(weight.dtype).eps
     since = 0
     for number in range(passes):
         free = unrounded(number, passes)
         errors = errors - sweep(target, current, g, None if free else snap)
         if free:
             continue
-        better = errors < least
+        better = errors < least * gain
         since = 0 if bool(better.any()) else since + 1
         best, least = torch.where(better, current, best), torch.where(better, errors, least)
         if since == 3:
