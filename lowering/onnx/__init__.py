@@ -21,8 +21,11 @@ from recast.lowering.onnx.kept import write_kept
 from recast.lowering.onnx.kernels import kernels
 from recast.lowering.onnx.last import keep_last
 from recast.lowering.onnx.memory import without_memory
+from recast.lowering.onnx.options import check_options
+from recast.lowering.onnx.packed_cache import bytes_a_token, in_floats, pack_cache, round_cache
 from recast.lowering.onnx.qdq import all_pairs_fit, check_static, share_roundings
 from recast.lowering.onnx.session import load_session, needed, runner
+from recast.lowering.onnx.spelled import gather_spelled
 from recast.passes.module import OperatorModule
 from recast.patterns.errors import ArtifactError, TargetError
 from recast.patterns.program import Program
@@ -64,6 +67,9 @@ class OnnxRuntime(Lowering):
         ``qoperator`` for ONNX Runtime's own operators, ``qdq`` for QuantizeLinear and DequantizeLinear around standard ones,
         which OpenVINO, TensorRT, QNN and DirectML read. Inputs then need scales beforehand: ``int8(activations=true,
         static=true)``.
+    cache
+        Of a decoder with its cache: ``float`` as the model has it, ``int8`` for bytes with a scale for each head and token, in
+        standard operators: a quarter of the memory, and not exact.
     """
 
     name: ClassVar[str] = "onnx"
@@ -81,26 +87,11 @@ class OnnxRuntime(Lowering):
         logits: str = "last",
         embeddings: str | None = None,
         style: str = "qoperator",
+        cache: str = "float",
     ) -> None:
-        if opset < 21:
-            raise TargetError(f"target 'onnx': opset is {opset}, at least 21 is needed")
-        if accuracy_level not in (0, 4):
-            raise TargetError(
-                f"target 'onnx': accuracy_level is {accuracy_level}; 0 (exact) or 4 (int8 activations) would work"
-            )
-        if attention not in ("auto", "grouped", "standard"):
-            raise TargetError(f"target 'onnx': attention is {attention!r}; 'auto', 'grouped' or 'standard' would work")
-        if logits not in ("last", "all"):
-            raise TargetError(f"target 'onnx': logits is {logits!r}; 'last' or 'all' would work")
-        if style not in ("qoperator", "qdq"):
-            raise TargetError(f"target 'onnx': style is {style!r}; 'qoperator' or 'qdq' would work")
-        if style == "qdq" and (attention == "grouped" or accuracy_level or genai or embeddings):
-            raise TargetError(
-                "target 'onnx': style='qdq' is of standard operators alone; attention='grouped', accuracy_level, genai and embeddings "
-                "are of ONNX Runtime's own and go with style='qoperator'"
-            )
+        check_options(opset, accuracy_level, attention, genai, logits, embeddings, style, cache)
         self.style, self.attention, self.genai = style, "standard" if style == "qdq" else attention, genai
-        self.logits, self.embeddings = logits, embeddings
+        self.logits, self.embeddings, self.cache = logits, embeddings, cache
         self._form = None if embeddings is None else read_form(embeddings)
         self._tables: list[Table] = []
         self.opset, self.accuracy_level = opset, accuracy_level
@@ -138,8 +129,10 @@ class OnnxRuntime(Lowering):
         without_memory(inlined)
         write_kept(inlined, self.opset)
         drop_guards(inlined)
+        said += self._pack_cache(inlined)
         pack_tables(inlined, self._tables)
         self.decoder = self._group(inlined)
+        inlined = gather_spelled(inlined, standard=qdq)
         self._notes += said
         share_roundings(inlined)
         fuse(inlined, standard=qdq)
@@ -155,18 +148,36 @@ class OnnxRuntime(Lowering):
                 import onnx_ir
 
                 self.session = self._load(onnx_ir.to_proto(self._model).SerializeToString())
-        return runner(self.session, self.inputs, self.outputs)
+        return self._runner()
+
+    def _runner(self) -> Runner:
+        run = runner(self.session, self.inputs, self.outputs)
+        return in_floats(run, self.inputs, self.outputs) if self.cache == "int8" else run
 
     def computes(self, program: Program) -> Program:
         """The program with what was asked for beside it: rounded embeddings, logits of the last token alone."""
         if self._tables:
             program = round_tables(program, self._tables)
-        return program if program.decoder is None or self.logits == "all" else keep_last(program)[0]
+        program = program if program.decoder is None or self.logits == "all" else keep_last(program)[0]
+        return round_cache(program) if self.cache == "int8" else program
 
     def _load(self, model: bytes | Path) -> Any:
         """Make a session; in style 'qdq' products of integers where this CPU multiplies them exactly."""
         exact = self.pairs is not None and (self.pairs or largest_exact_code() >= 127)
         return load_session(model, self.threads, integers=exact)
+
+    def _pack_cache(self, program: Program) -> list[str]:
+        """Pack a decoder's cache if that was asked for; gives what to say of it."""
+        if self.cache == "float":
+            return []
+        if program.decoder is None:
+            raise TargetError(
+                f"target 'onnx': cache='int8' is for decoders with their cache, {program.label} was captured without; capture it "
+                "with cache=True"
+            )
+        before, after = bytes_a_token(program)
+        pack_cache(program)
+        return [f"cache: int8 with a scale for each head and token, {after} bytes a token instead of {before}"]
 
     def _group(self, program: Program) -> dict[str, Any] | None:
         """Rewrite a decoder's attention, if it is one; gives what a generation loop has to know."""
@@ -177,7 +188,9 @@ class OnnxRuntime(Lowering):
                     "with cache=True"
                 )
             return None
-        reason = "attention='standard'" if self.attention == "standard" else group_attention(program)
+        standard = self.attention == "standard" or self.cache == "int8"
+        asked = "attention='standard'" if self.attention == "standard" else "cache='int8'"
+        reason = asked if standard else group_attention(program)
         if reason is not None and self.attention == "grouped":
             raise TargetError(
                 f"target 'onnx': GroupQueryAttention does not compute what {program.label} does: {reason}"
@@ -187,7 +200,7 @@ class OnnxRuntime(Lowering):
             if reason is None
             else f"attention: standard operators ({reason})"
         ]
-        found = {**program.decoder, "grouped": reason is None, "logits": self.logits}
+        found = {**program.decoder, "grouped": reason is None, "logits": self.logits, "held": self.cache}
         if self.genai:
             genai_config(found)  # what it has no words for is refused before the work
         return found
@@ -236,7 +249,7 @@ class OnnxRuntime(Lowering):
         lowering.inputs, lowering.outputs, lowering._kernels = inputs, outputs, kernels
         lowering._folder, lowering.decoder, lowering.pairs = folder.absolute(), decoder, pairs
         lowering.session = lowering._load(lowering._folder / _MODEL)
-        return lowering, runner(lowering.session, inputs, outputs)
+        return lowering, lowering._runner()
 
     def extra(self) -> dict[str, Any]:
         """Options, as they were, and how flat inputs and results are called in the graph."""
@@ -250,6 +263,7 @@ class OnnxRuntime(Lowering):
             "logits": self.logits,
             "embeddings": self.embeddings,
             "style": self.style,
+            "cache": self.cache,
             "pairs": self.pairs,
             "inputs": self.inputs,
             "outputs": self.outputs,

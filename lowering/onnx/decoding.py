@@ -31,12 +31,14 @@ class Decoding:
     session
         Of a decoder with its cache.
     decoder
-        What is known of it (see `recast.Program`), whether its attention is ``grouped``, and its cache written ``in_place``.
+        What is known of it (see `recast.Program`), whether its attention is ``grouped``, its cache written ``in_place``, and what
+        it is ``held`` in.
     """
 
     def __init__(self, session: Any, decoder: Mapping[str, Any]) -> None:
         self._session, self._cache = session, decoder["cache"]
         self._grouped, self._in_place = bool(decoder.get("grouped")), bool(decoder.get("in_place"))
+        self._beside = int(decoder.get("held") == "int8")  # a vector's codes have their scale beside them
         self._runtime = needed("onnxruntime")
         self._past, self._present = past_names(len(self._cache)), present_names(len(self._cache))
         self._types = {value.name: value.type for value in session.get_inputs()}
@@ -64,7 +66,8 @@ class Decoding:
         self._held = [
             self._runtime.OrtValue.ortvalue_from_numpy(
                 np.zeros(
-                    (batch, heads, capacity if self._in_place else 0, size), self._dtype(f"past_key_values.{i}.{role}")
+                    (batch, heads, capacity if self._in_place else 0, size + self._beside),
+                    self._dtype(f"past_key_values.{i}.{role}"),
                 )
             )
             for i, (heads, *sizes) in enumerate(self._cache)
@@ -83,7 +86,8 @@ class Decoding:
         return self._run(tokens[:, None])[:, -1]
 
     def _dtype(self, name: str) -> Any:
-        return np.float16 if "float16" in self._types[name] else np.float32
+        known = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}
+        return known.get(self._types[name], np.float32)
 
     def _run(self, ids: Ids) -> Logits:
         binding = self._session.io_binding()

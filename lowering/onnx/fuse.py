@@ -16,11 +16,15 @@ __all__ = ["finite_mask", "fuse", "named", "splice"]
 
 aten = torch.ops.aten
 _SYMBOLIC = torch.ops.onnx_symbolic._symbolic.default
+_LAYOUTS = {
+    aten.expand.default, aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.clone.default,
+    aten.slice.Tensor,
+}  # fmt: skip
 
 
 def fuse(program: Program, standard: bool = False) -> None:
     """Rewrite in place; every rewrite is exact up to the order of additions. With `standard`, into standard operators alone."""
-    masks: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    masks: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in list(program.graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
             _attention(program, node, masks, standard)
@@ -67,7 +71,7 @@ def _divide(program: Program, node: fx.Node) -> None:
             return
 
 
-def _attention(program: Program, node: fx.Node, masks: dict[fx.Node, tuple[fx.Node, fx.Node]], standard: bool) -> None:
+def _attention(program: Program, node: fx.Node, masks: dict[fx.Node, tuple[fx.Node, ...]], standard: bool) -> None:
     """Write attention out: ONNX Runtime's CPU kernel for the whole of it is slower than its parts."""
     arguments = named(node)
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
@@ -100,16 +104,21 @@ def _attention(program: Program, node: fx.Node, masks: dict[fx.Node, tuple[fx.No
         elif added:
             scores = scores + added[0]
         y = torch.softmax(scores, -1) @ v
-        return y * added[1] if added else y
+        return y * added[1] if len(added) > 1 else y
 
     result = splice(program, node, run, operands)
     node.replace_all_uses_with(result)
     program.graph.erase_node(node)
 
 
-def finite_mask(program: Program, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """What is added to scores, and 0 for rows that see nothing, whose result torch defines as zero, else 1."""
+def finite_mask(program: Program, mask: fx.Node) -> tuple[fx.Node, ...]:
+    """What is added to scores, and 0 for rows that see nothing, whose result torch defines as zero, else 1.
+
+    The mask alone where it is made of two finite numbers: no row is then without a key.
+    """
     lowest = torch.finfo(torch.float32).min
+    if _is_finite(mask, lowest):
+        return (mask,)
 
     def added(m: Tensor) -> Tensor:
         return torch.where(m, 0.0, lowest) if m.dtype == torch.bool else m.clamp_min(lowest)
@@ -120,6 +129,16 @@ def finite_mask(program: Program, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
 
     found = [splice(program, mask, run, [mask], after=True) for run in (added, seen)]
     return found[0], found[1]
+
+
+def _is_finite(mask: fx.Node, lowest: float) -> bool:
+    """Whether a mask of floats is chosen from two numbers that are finite, and laid out anew at most."""
+    node: Any = mask
+    while isinstance(node, fx.Node) and node.target in _LAYOUTS:
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.target is not aten.where.Scalar:
+        return False
+    return all(isinstance(n, int | float) and lowest <= n <= -lowest for n in node.args[1:3])
 
 
 def named(node: fx.Node) -> dict[str, Any]:

@@ -24,7 +24,7 @@ _SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.view.default, aten.reshape.def
 
 def drop_guards(program: Program) -> None:
     """Rewrite in place; equal for all inputs whose scores are numbers."""
-    masks: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    masks: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for guard in list(program.graph.nodes):
         softmax = _guarded(guard)
         if softmax is None:
@@ -99,13 +99,15 @@ def _rewrite(
     softmax: fx.Node,
     mask: fx.Node,
     product: fx.Node,
-    masks: dict[fx.Node, tuple[fx.Node, fx.Node]],
+    masks: dict[fx.Node, tuple[fx.Node, ...]],
 ) -> None:
     if mask not in masks:
         masks[mask] = finite_mask(program, mask)
-    added, seen = masks[mask]
+    added, *seen = masks[mask]
     scores: fx.Node = softmax.args[0]  # type: ignore[assignment]
     scores.args = tuple(added if operand is mask else operand for operand in scores.args)
     guard.replace_all_uses_with(softmax)
-    result = splice(program, product, lambda y, rows: y * rows, [product, seen], after=True)
+    if not seen:  # the mask is finite: every row has a key
+        return
+    result = splice(program, product, lambda y, rows: y * rows, [product, *seen], after=True)
     product.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)

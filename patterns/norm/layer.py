@@ -1,4 +1,4 @@
-"""LayerNorm written out: ``(x - mean) / sqrt(var + eps)``, then maybe a weight and a bias."""
+"""LayerNorm written out: ``(x - mean) / sqrt(var + eps)``, then maybe a weight and a bias, or with all of them folded."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import operator
 
 import torch
 
-from recast.patterns.language import Any_, Call, Either, Literal, Match, Pattern
+from recast.patterns.language import Any_, Call, Either, Literal, Match, Pattern, Weight
 from recast.patterns.norm.emit import emit
 from recast.patterns.norm.pieces import (
+    ADD,
     ANCHORS,
+    MUL,
     SUB,
     affine,
     cast,
     computed,
+    has_constant,
     mean,
     mean_square,
     normalised,
+    roots,
     spread,
     square,
     suspicious,
@@ -60,8 +64,21 @@ def _variance() -> Pattern:
     return Either.of(mean_square(_CENTRED), direct, moment)
 
 
+def _folded() -> Pattern:
+    """``x f + (bias - mean f)`` with ``f = weight / sqrt(var + eps)``, as TensorFlow writes it."""
+    factor = spread(roots(_variance())[0])
+    scale = Call.of(MUL, Weight("weight"), factor, commutes=True, name="weighted", where=has_constant)
+    centre = Call.of(MUL, spread(mean(_X, "centre")), scale, commutes=True)
+    moved = Call.of(SUB, Weight("bias"), centre, where=has_constant)
+    return Call.of(ADD, Call.of(MUL, _X, scale, commutes=True, name="normal"), moved, commutes=True, name="biased")
+
+
 def _build(match: Match, around: Surroundings) -> NormSite | str:
     return written(match, around, flavour="layer", pattern="layer_norm")
+
+
+def _build_folded(match: Match, around: Surroundings) -> NormSite | str:
+    return written(match, around, flavour="layer", pattern="layer_norm_folded")
 
 
 RULES = (
@@ -70,6 +87,16 @@ RULES = (
         "norm",
         affine(normalised(_CENTRED, _variance(), _DEVIATION)),
         _build,
+        anchors=ANCHORS,
+        suspicious=suspicious,
+        order=11,
+        emit=emit,
+    ),
+    Rule(
+        "layer_norm_folded",
+        "norm",
+        _folded(),
+        _build_folded,
         anchors=ANCHORS,
         suspicious=suspicious,
         order=11,

@@ -163,8 +163,8 @@ def _aligned(match: Match, ndim: int) -> bool:
         elif node.target is aten.expand.default:
             if any(isinstance(held, Tensor) and held.ndim != ndim for held in operands):
                 return False
-        elif node is match.get("weighted"):  # the weight has fewer dimensions; whether it fits is asked for itself
-            continue
+        elif node is match.get("weighted") or match.get("bias") in node.all_input_nodes:
+            continue  # weight and bias have fewer dimensions; whether they fit is asked for itself
         elif node.target in _MEETING and len({v.ndim for v in operands if isinstance(v, Tensor) and v.ndim}) > 1:
             return False  # between a sum and its unsqueeze all values lack the dimension; only a mixture is wrong
     return bool(_val(match["normal"]).ndim == ndim)

@@ -269,6 +269,10 @@ def optimize(
             help="Of --target onnx: qoperator for ONNX Runtime, qdq for OpenVINO, TensorRT, QNN and DirectML.",
         ),
     ] = None,
+    cache_type: Annotated[
+        str | None,
+        typer.Option("--cache-type", help="With --cache: int8 holds keys and values in bytes; by default float."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -299,6 +303,7 @@ def optimize(
         accuracy_level=accuracy_level,
         embeddings=embeddings,
         style=style,
+        cache_type=cache_type,
     )
     report = optimize_model(request, _say)
     if as_json:

@@ -56,22 +56,26 @@ class Request:
     accuracy_level: int | None = None
     embeddings: str | None = None
     style: str | None = None
+    cache_type: str | None = None
 
     def lowering_options(self) -> dict[str, Any]:
         """Options of the target that were given."""
         if self.genai and not self.cache:
             raise TargetError("optimize: --genai is for decoders with their cache; it goes with --cache")
+        if self.cache_type and not self.cache:
+            raise TargetError("optimize: --cache-type is for decoders with their cache; it goes with --cache")
         found: dict[str, Any] = {
             "accuracy_level": self.accuracy_level,
             "embeddings": self.embeddings,
             "style": self.style,
+            "cache": self.cache_type,
         }
         found = {name: value for name, value in found.items() if value is not None}
         found = {**found, "genai": True} if self.genai else found
         target = self.target or ("onnx" if self.model.endswith(".onnx") else "inductor")
         if target != "onnx" and found:
             raise TargetError(
-                "optimize: --genai, --accuracy-level, --embeddings and --style are of the target onnx; add -t onnx"
+                "optimize: --genai, --accuracy-level, --embeddings, --style and --cache-type are of the target onnx; add -t onnx"
             )
         return found
 

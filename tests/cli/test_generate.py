@@ -142,6 +142,8 @@ def test_folders_that_cannot_generate_are_refused(
         (["--accuracy-level", "3", "-t", "onnx"], "accuracy_level is 3"),
         (["--style", "qdq"], "of the target onnx"),
         (["--style", "qd", "-t", "onnx"], "'qoperator' or 'qdq'"),
+        (["--cache-type", "int8", "-t", "onnx"], "goes with --cache"),
+        (["--cache-type", "int4", "--cache", "-t", "onnx"], "'float' or 'int8'"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(

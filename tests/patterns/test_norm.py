@@ -210,6 +210,19 @@ def layer_moments(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return (x - mean) * torch.rsqrt((x * x).mean(-1, keepdim=True) - mean**2 + EPS)
 
 
+def layer_folded(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    scale = w * torch.rsqrt(((x - mean) * (x - mean)).mean(-1, keepdim=True) + EPS)
+    return x * scale + (b - mean * scale)
+
+
+def layer_folded_last(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    scale = torch.reciprocal(torch.sqrt(((x - mean) * (x - mean)).mean(-1, keepdim=True) + EPS)) * w
+    moved = b - mean * scale
+    return x * scale + moved
+
+
 def layer_operation(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.layer_norm(x, (D,), w, b, EPS)
 
@@ -284,6 +297,8 @@ SPELLINGS = [
     Expected(layer_wide, LAYER, W),
     Expected(layer_variance, LAYER, W | {"weights": ("weight", "bias")}),
     Expected(layer_moments, LAYER, W | {"weights": ()}),
+    Expected(layer_folded, LAYER, W | {"weights": ("weight", "bias")}),
+    Expected(layer_folded_last, LAYER, W | {"weights": ("weight", "bias")}),
     Expected(layer_operation, LAYER, W | {"weights": ("weight", "bias")}),
     Expected(layer_one_plus, LAYER, W | {"weights": ("weight", "bias"), "offset": 1.0}),
     Expected(layer_bare, LAYER, W | {"weights": ("weight", "bias")}),
