@@ -6,6 +6,7 @@ python -m benchmarks.encoder_cpu --json benchmarks/results/encoder_cpu.json
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import re
 import sys
@@ -17,8 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.encoder_inputs import BATCH, TOKENS, cosines, encoder, texts
-from benchmarks.encoder_peers import BEST_INT8_ORT, ONNX, Bench, openvino_session, peers
+from benchmarks.encoder_inputs import BATCH, TOKENS, Texts, cosines, encoder, texts
+from benchmarks.encoder_peers import BEST_INT8_ORT, ONNX, Bench, export, openvino_session, peers, quiet
 from benchmarks.harness import Contestant, Ready, bytes_of, measure
 from recast.kernels.quantized_matmul.ops import largest_exact_code
 
@@ -29,7 +30,7 @@ def recast_contestants(bench: Bench) -> dict[str, Contestant]:
     A contestant's `prepare()` returns `Ready(run, bytes, note)`: `run((ids, mask))` gives the embeddings [32, 384],
     `bytes` are those of the files needed at run time. `group="recast"`; `against` names the peers a row is held to.
     """
-    return {**_on_inductor(bench), **_on_onnx(bench), **_as_qdq(bench)}
+    return {**_on_inductor(bench), **_on_onnx(bench), **_from_onnx(bench), **_as_qdq(bench)}
 
 
 def _on_inductor(bench: Bench) -> dict[str, Contestant]:
@@ -88,11 +89,62 @@ def _on_onnx(bench: Bench) -> dict[str, Contestant]:
             folder = bench.folder / f"recast-{len(list(bench.folder.glob('recast-*')))}"
             artifact.save(folder)
             kernels = sorted({row.kernel for row in artifact.report.rows if row.kernel})
+            bench.found[name] = artifact(*bench.texts.timed)
             return Ready(lambda inputs: artifact(*inputs), bytes_of(folder / "model.onnx"), ", ".join(kernels))
 
         return Contestant(f"recast onnx, {name}", prepare, "onnx", "recast", (*ONNX, "onnxscript"), against)
 
     made = [contestant(name, recipe, against) for name, (recipe, against) in recipes.items()]
+    return {one.name: one for one in made}
+
+
+def _export_script(model: torch.nn.Module, texts: Texts, path: Path) -> Path:
+    """The model as torch's older exporter writes it, which runs TorchScript."""
+    names = ["input_ids", "attention_mask"]
+    if not path.exists():
+        with quiet():
+            torch.onnx.export(
+                copy.deepcopy(model),
+                texts.timed,
+                path,
+                dynamo=False,
+                opset_version=17,
+                dynamic_axes={name: {0: "batch", 1: "sequence"} for name in names},
+                input_names=names,
+                output_names=["embeddings"],
+            )
+    return path
+
+
+def _from_onnx(bench: Bench) -> dict[str, Contestant]:
+    """Files of torch's exporters, read and rewritten: held to the file that recast writes from the torch model."""
+    exporters = {"dynamo": export, "TorchScript": _export_script}
+    recipes = {"dense": "dense", "int8 activations per token": "int8(activations=true, reduce_range=true)"}
+
+    def contestant(exporter: str, name: str) -> Contestant:
+        def prepare() -> Ready:
+            import recast
+
+            path = exporters[exporter](bench.model, bench.texts, bench.folder / f"given-{exporter}.onnx")
+            program = recast.capture(path)
+            program = recast.rewrite(program, recast.plan(program, recipes[name]), pictures=False, measure=False)
+            artifact = recast.lower(program, target="onnx", threads=bench.threads)
+            folder = bench.folder / f"recast-{len(list(bench.folder.glob('recast-*')))}"
+            artifact.save(folder)
+
+            def run(inputs: tuple[torch.Tensor, torch.Tensor]) -> Any:
+                return artifact(*inputs)["embeddings"]
+
+            wanted, note = bench.found.get(name), ""
+            if wanted is not None:
+                gap = float((run(bench.texts.timed) - wanted).abs().max() / wanted.abs().max())
+                note = f"largest difference from recast onnx, {name}: {gap:.1e}"
+            return Ready(run, bytes_of(folder / "model.onnx"), note)
+
+        row = f"recast from ONNX ({exporter}), {name}"
+        return Contestant(row, prepare, "onnx", "recast", (*ONNX, "onnxscript"), (f"recast onnx, {name}",))
+
+    made = [contestant(exporter, name) for name in recipes for exporter in exporters]
     return {one.name: one for one in made}
 
 

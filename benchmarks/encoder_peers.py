@@ -8,7 +8,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ class Bench:
     texts: Texts
     folder: Path
     threads: int
+    found: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # embeddings of the timed batch, for rows that are to give the same
 
 
 def peers(bench: Bench) -> list[Contestant]:
