@@ -65,7 +65,7 @@ def _norms(program: Program) -> Program:
         return program
     replaced: dict[fx.Node, fx.Node] = {}
     for site in recognise(program, only=layer.RULES).sites:
-        if not isinstance(site, NormSite):
+        if not isinstance(site, NormSite) or site.node is None:
             continue
         function, args, kwargs = layer.emit(site)
         args, kwargs = fx.node.map_arg((args, kwargs), lambda n: replaced.get(n, n))
@@ -154,8 +154,8 @@ def _scores(program: Program, softmax: fx.Node, standard: bool) -> None:
         wide = k.transpose(-1, -2) if key is not None else k
         if standard:
             return torch.matmul(q * factor, wide)
-        flags = {"transB": 1} if key is not None else {}
-        return contrib("FusedMatMul", [q, k], [*q.shape[:-1], wide.shape[-1]], alpha=factor, **flags)
+        turned = int(key is not None)
+        return contrib("FusedMatMul", [q, k], [*q.shape[:-1], wide.shape[-1]], alpha=factor, transB=turned)
 
     made = splice(program, scores, run, [query, turned if key is None else key])
     scores.replace_all_uses_with(made)
