@@ -35,9 +35,9 @@ FITS = (
     "block_diagonal(4) + data", "permuted_block_diagonal(4) + data", "blast(blocks=16, ratio=0.5, iterations=10) + data",
     "sparse_dictionary(ratio=0.8, iterations=1) + data", "kmeans(bits=3) + data", "product_quantization(bits=8, dim=4) + data",
     "sparse_low_rank(ratio=0.5, density=0.03) + data", "lq(64, turns=5) + data", "lorc(8) + data",
-    "llm_int8 + data", "smoothquant + data", "int8", "int8(activations=true)", "int4", "int4(clip=false)", "int4 + data", "int4(group=128)", _GPTQ,
-    "int4(group=128, rounding='quantease') + data", "awq + data", "int3(group=128)", "int2(group=64)", "nf4", "nf4(double=true)",
-    "fp4", "fp8", "minifloat(2, 1)", "teal(0.5) + data", "wina(0.5)", "low_rank(ratio=0.5) | int8 + data",
+    "llm_int8 + data", "smoothquant + data", "int8", "int8(activations=true)", "int4", "int4(clip=false)", "int4 + data",
+    "int4(group=128)", _GPTQ, "int4(group=128, rounding='quantease') + data", "awq + data", "int3(group=128)", "int2(group=64)", "nf4",
+    "nf4(double=true)", "fp4", "fp8", "minifloat(2, 1)", "teal(0.5) + data", "wina(0.5)", "low_rank(ratio=0.5) | int8 + data",
 )  # fmt: skip
 _LEFT_OUT = ("dense", "diagonal", "sparse", "permutation")  # nothing to fit
 

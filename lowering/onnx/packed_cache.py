@@ -75,7 +75,7 @@ def pack_cache(program: Program) -> None:
         Its cache is not of float32, or not joined with what is new and attended to as a whole.
     """
     for past, joined in _joins(program):
-        packed = splice(program, joined, pack, [joined.args[0][1]])  # type: ignore[index, misc]
+        packed = splice(program, joined, pack, [joined.args[0][1]])  # type: ignore[index, list-item]
         with fake_mode_of(program):
             for node in (past, joined):
                 value = node.meta["val"]

@@ -18,6 +18,7 @@ from recast.lowering.onnx.fuse import splice
 from recast.lowering.onnx.weights import contrib
 from recast.passes.dialect import inline_dialect
 from recast.patterns.norm import layer
+from recast.patterns.norm.emit import emit
 from recast.patterns.program import Program
 from recast.patterns.recognise import recognise
 from recast.patterns.sites import NormSite
@@ -67,7 +68,7 @@ def _norms(program: Program) -> Program:
     for site in recognise(program, only=layer.RULES).sites:
         if not isinstance(site, NormSite) or site.node is None:
             continue
-        function, args, kwargs = layer.emit(site)
+        function, args, kwargs = emit(site)
         args, kwargs = fx.node.map_arg((args, kwargs), lambda n: replaced.get(n, n))
         with program.graph.inserting_before(site.node):
             call = program.graph.call_function(function, args, kwargs)
