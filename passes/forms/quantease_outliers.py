@@ -16,6 +16,7 @@ from recast.passes.forms.form import NamedForm, Scalar, data_error
 from recast.passes.forms.int8 import Int8
 from recast.passes.forms.integer import Integer
 from recast.passes.forms.operator import Dense, Operator
+from recast.passes.forms.pruning import top_of_all
 from recast.passes.forms.quantized import Quantized
 from recast.passes.forms.rounding import Snap, integer_snap, sweep, unit_gram, unrounded
 from recast.passes.forms.scaled import OverBase
@@ -215,9 +216,7 @@ def _largest(values: Tensor, count: int, columns: bool) -> Tensor:
         mask = torch.zeros(values.shape[1], dtype=torch.bool, device=values.device)
         mask[values.square().sum(0).topk(count).indices] = True
         return mask.expand(values.shape)
-    mask = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
-    mask[values.abs().reshape(-1).topk(count).indices] = True
-    return mask.reshape(values.shape)
+    return top_of_all(values.abs(), count)
 
 
 def _largest_eigenvalue(gram: Tensor) -> float:
