@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -31,7 +33,8 @@ def mapped(
     Parameters
     ----------
     function
-        May fail; the first failure in the order of the items is raised, and what has not begun is left undone.
+        May fail; the first failure in the order of the items is raised, and what has not begun is left undone. An
+        interruption (Ctrl-C) ends those that run, too.
     items
         Independent of each other.
     jobs
@@ -49,15 +52,35 @@ def mapped(
     if jobs is None:
         return [function(item) for item in track(items, label, progress)]
     threads = torch.get_num_threads()
+    running: set[int] = set()
 
     def alone(item: T) -> R:
-        with torch.no_grad():
-            return function(item)
+        own = threading.get_ident()
+        running.add(own)
+        try:
+            with torch.no_grad():
+                return function(item)
+        finally:
+            running.discard(own)
 
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="recast-fit", initializer=torch.set_num_threads, initargs=(1,))
     try:
         waiting = [pool.submit(alone, item) for item in items]
         return [future.result() for future in track(waiting, label, progress)]
+    except (KeyboardInterrupt, SystemExit):
+        pool.shutdown(wait=False, cancel_futures=True)
+        _stop(running)
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # what threads begin with is set for all
+
+
+class _Stopped(BaseException):
+    """Raised within a fit whose result nobody waits for any more."""
+
+
+def _stop(running: set[int]) -> None:
+    """End what threads compute, each at its next step in Python: an interruption reaches the main thread alone."""
+    for thread in list(running):
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Stopped))

@@ -30,17 +30,22 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _error(weight: Tensor, operator: Operator, stats: Stats | None) -> float:
+    # Between factors of 16 bits nothing is rounded: what rounding adds has full rank, and a fit would take it for the weight's.
+    return data_error(weight, operator.to(wide_dtype(weight.dtype)), stats)
+
+
 def _best_round(weight: Tensor, stats: Stats | None, rounds: Iterator[Operator]) -> tuple[float, Operator]:
     """Run rounds until the error stops falling; return the least error and its operator, never worse than the first."""
     best = next(rounds)
-    least = data_error(weight, best, stats)
+    least = _error(weight, best, stats)
     # Below rounding there is nothing left to gain but noise.
     size = float(row_errors(weight, None if stats is None else stats.gram).sum())
     floor = size * (4 * torch.finfo(weight.dtype).eps) ** 2
     if least <= floor:
         return least, best
     for _, found in zip(range(_ROUNDS - 1), rounds, strict=False):
-        error = data_error(weight, found, stats)
+        error = _error(weight, found, stats)
         small = error > least * (1 - _GAIN) or error <= floor
         if error < least:
             best, least = found, error
@@ -56,7 +61,7 @@ def fit_sum(terms: Sequence[Form], weight: Tensor, stats: Stats | None) -> Opera
     for way in (order, order[::-1]):
         rounds = _sum_rounds(terms, weight, stats, way)
         first = next(rounds)
-        begun.append((data_error(weight, first, stats), first, rounds))
+        begun.append((_error(weight, first, stats), first, rounds))
     _, first, rounds = min(begun, key=lambda start: start[0])
     return _best_round(weight, stats, itertools.chain((first,), rounds))[1]
 
@@ -130,13 +135,14 @@ class _Turns:
             parts.append(self._fit(i, half, stats))
             if not _holds(parts[-1]):
                 return None
-            seen, seen_gram = behind(parts[-1], stats)
-            rest, stats = best_left(rest, parts[-1], stats, seen_gram), seen
+            right = parts[-1].to(wide_dtype(self.weight.dtype))
+            seen, seen_gram = behind(right, stats)
+            rest, stats = best_left(rest, right, stats, seen_gram), seen
         first = self._fit(0, rest, stats)
         return (first, *reversed(parts)) if _holds(first) else None
 
     def rounds(self, parts: Parts) -> Iterator[Operator]:
-        least = data_error(self.weight, _multiplied(parts), self.stats)
+        least = _error(self.weight, _multiplied(parts), self.stats)
         while True:
             yield _multiplied(parts)
             for i in range(len(parts)):
@@ -145,7 +151,7 @@ class _Turns:
                 for candidate in (tried,) if i == 0 or tried is None else (tried, self._solved(tried, 0)):
                     if candidate is None:
                         continue
-                    error = data_error(self.weight, _multiplied(candidate), self.stats)
+                    error = _error(self.weight, _multiplied(candidate), self.stats)
                     if error < least:
                         parts, least = candidate, error
 
@@ -153,12 +159,13 @@ class _Turns:
         """Fit factor i to its target, all others held; None where that leaves the range of the weight's dtype."""
         before, after = _present(parts[:i]), _present(parts[i + 1 :])
         target, seen = self.weight.double(), self.stats
+        wide = wide_dtype(self.weight.dtype)
         if after:
-            right = _multiplied(after)
+            right = _multiplied(after).to(wide)
             seen, gram = behind(right, self.stats)
             target = best_left(self.weight, right, self.stats, gram)
         if before:
-            left = _multiplied(before).to_dense().double()
+            left = _multiplied(before).to(wide).to_dense().double()
             target = pseudo_inverse(left.T @ left) @ (left.T @ target)
         if not all_finite(target.to(wide_dtype(self.weight.dtype))):
             return None

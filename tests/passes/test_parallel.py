@@ -1,6 +1,8 @@
 """Fits side by side: the same bits for any number of jobs, and going on after an interrupt."""
 
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,25 @@ def test_the_first_failure_in_order_is_raised_and_the_rest_left_undone() -> None
     assert set(done) < set(range(50))
     with pytest.raises(PlanError, match="0 cannot work"):
         mapped(work, [0], jobs=0, label="work", progress=False)
+
+
+def test_an_interruption_ends_what_runs() -> None:
+    begun, whole = threading.Barrier(3), []
+
+    def slow(item: int) -> None:
+        begun.wait(timeout=30)
+        for _ in range(3000):
+            time.sleep(0.01)
+        whole.append(item)
+
+    def interrupt() -> None:
+        begun.wait(timeout=30)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        mapped(slow, [0, 1, 2], jobs=2, label="fitting", progress=False)
+    assert whole == []
 
 
 def test_jobs_are_checked_before_any_work(program: recast.Program) -> None:
