@@ -291,7 +291,9 @@ def load(directory: str | os.PathLike[str]) -> Artifact:
         )
     text = described.read_text(encoding="utf-8", errors="replace")
     seal = folder / "recast.json.sha256"
-    if not seal.is_file() or seal.read_text(errors="replace").strip() != hashlib.sha256(text.encode()).hexdigest():
+    if not seal.is_file():
+        raise ArtifactError(f"artifact: '{seal}', the checksum of '{described}', is missing; copy the whole folder")
+    if seal.read_text(errors="replace").strip() != hashlib.sha256(text.encode()).hexdigest():
         raise ArtifactError(f"artifact: '{described}' is damaged (checksum differs); copy it again, or make it anew")
     try:
         return _load(folder, json.loads(text))

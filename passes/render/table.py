@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
 __all__ = ["baseline", "comparison_table", "report_tables", "table_text"]
 
 
-def table_text(report: Report, width: int = 120) -> str:
-    """The report as plain text, `width` columns wide."""
+def table_text(report: Report, width: int | None = None) -> str:
+    """The report as plain text, `width` columns wide; by default as wide as the terminal, or 120."""
     from rich.console import Console
+
+    width = width or shutil.get_terminal_size((120, 24)).columns
 
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
     for part in report_tables(report):
@@ -48,14 +51,9 @@ def _text(value: object, style: str = "") -> Any:
 
 
 def _table(title: str, columns: Sequence[tuple[str, str]]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from recast.passes.render.rows import Rows
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for name, align in columns:
-        number = align == "right"
-        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
-    return table
+    return Rows(title, [(name, align == "right") for name, align in columns])
 
 
 def _summary(report: Report) -> Any:
@@ -70,7 +68,8 @@ def _summary(report: Report) -> Any:
     for name, figures in report.whole.items():
         cosine = f", mean cosine {figures['mean_cosine']:.5f}" if "mean_cosine" in figures else ""
         worst = f", worst {figures['worst_cosine']:.5f}" if "worst_cosine" in figures else ""
-        lines.append(f"{name}: relative error {error_text(figures.get('relative_error'))}{cosine}{worst}")
+        error = error_text(figures.get("relative_error"))
+        lines.append(f"{name}, first batch, every position: relative error {error}{cosine}{worst}")
     for name, figures in report.agreement.items():
         error = error_text(figures.get("relative_error"))
         lines.append(f"{name}: {report.target} and the eager rewritten program differ by {error}")

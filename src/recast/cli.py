@@ -48,7 +48,7 @@ ModelArgument = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Rows of a batch.")]
 LimitOption = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Use at most so many rows.", show_default=False)
+    int | None, typer.Option("--limit", min=1, help="Use the first so many rows at most.", show_default=True)
 ]
 
 
@@ -209,7 +209,7 @@ def optimize(
         typer.Option(
             "--target",
             "-t",
-            help="eager, inductor or onnx. [default: onnx for an .onnx file, else inductor]",
+            help="eager, inductor, triton or onnx. [default: onnx for an .onnx file, else inductor]",
             show_default=False,
         ),
     ] = None,
@@ -375,7 +375,7 @@ def compare(
     loaded = [load_model(name) for name in models]
     tokenizes = next((m for m in loaded if m.has_tokenizer), loaded[0])
     batches = read_batches(
-        on, dataclasses.replace(loaded[0], directory=tokenizes.directory), batch_size=batch_size, limit=limit
+        on, dataclasses.replace(loaded[0], directory=tokenizes.directory), batch_size=batch_size, limit=limit, say=_say
     )
     if bisect:
         from recast.bisecting import bisect_models

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,14 @@ def is_statistics(path: Path) -> bool:
         return False
 
 
-def read_batches(path: str | Path, model: Model, *, batch_size: int = 8, limit: int | None = None) -> list[Batch]:
+def read_batches(
+    path: str | Path,
+    model: Model,
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> list[Batch]:
     """Batches of named inputs for a model.
 
     Parameters
@@ -46,7 +53,9 @@ def read_batches(path: str | Path, model: Model, *, batch_size: int = 8, limit: 
     batch_size
         Rows of a batch.
     limit
-        Use at most so many rows.
+        Use the first so many rows at most.
+    say
+        Is told where there are more rows than that.
 
     Raises
     ------
@@ -66,17 +75,19 @@ def read_batches(path: str | Path, model: Model, *, batch_size: int = 8, limit: 
             ".safetensors (tensors named like the inputs) is needed"
         )
     try:
-        batches = reader(file, model, max(1, batch_size), limit)
+        batches, rows = reader(file, model, max(1, batch_size), limit)
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"data: '{path}' cannot be read: {error}") from error
+    if say is not None and limit is not None and rows > limit:
+        say(f"the first {limit} of {rows} rows of '{file}' are used; --limit {rows} would use all")
     return [_checked(batch, model, file) for batch in batches]
 
 
-def _texts(file: Path, model: Model, size: int, limit: int | None) -> list[Batch]:
+def _texts(file: Path, model: Model, size: int, limit: int | None) -> tuple[list[Batch], int]:
     texts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not texts:
         raise CalibrationError(f"data: '{file}' holds no text; one text a line is needed, a few dozen would do")
-    return tokenized(texts[:limit], model, size)
+    return tokenized(texts[:limit], model, size), len(texts)
 
 
 def tokenized(
@@ -119,7 +130,7 @@ def tokenized(
     return [{name: value for name, value in batch.items() if name in wanted} for batch in batches]
 
 
-def _lines(file: Path, model: Model, size: int, limit: int | None) -> list[Batch]:
+def _lines(file: Path, model: Model, size: int, limit: int | None) -> tuple[list[Batch], int]:
     rows: list[Mapping[str, Any]] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -131,13 +142,13 @@ def _lines(file: Path, model: Model, size: int, limit: int | None) -> list[Batch
         if not isinstance(row, dict):
             raise CalibrationError(f'data: line {number} of \'{file}\' is not an object; {{"text": "..."}} would work')
         rows.append(row)
-    rows = rows[:limit]
+    found, rows = len(rows), rows[:limit]
     if not rows:
         raise CalibrationError(f"data: '{file}' holds no line; one JSON object a line is needed, a few dozen would do")
     if "text" in rows[0] and "text" not in model.inputs:
         if strange := [i for i, row in enumerate(rows, 1) if not isinstance(row.get("text"), str)]:
             raise CalibrationError(f"data: line {strange[0]} of '{file}' has no \"text\", unlike the first")
-        return tokenized([row["text"] for row in rows], model, size)
+        return tokenized([row["text"] for row in rows], model, size), found
     known = [*model.inputs, *(["text"] if model.has_tokenizer else [])]
     if strange_names := [name for name in rows[0] if name not in known]:
         raise CalibrationError(
@@ -147,7 +158,7 @@ def _lines(file: Path, model: Model, size: int, limit: int | None) -> list[Batch
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         batches.append({name: _stacked(name, part, start, model, file) for name in part[0]})
-    return batches
+    return batches, found
 
 
 def _stacked(name: str, rows: Sequence[Mapping[str, Any]], start: int, model: Model, file: Path) -> Tensor:
@@ -163,7 +174,7 @@ def _stacked(name: str, rows: Sequence[Mapping[str, Any]], start: int, model: Mo
     return tensor
 
 
-def _tensors(file: Path, model: Model, size: int, limit: int | None) -> list[Batch]:
+def _tensors(file: Path, model: Model, size: int, limit: int | None) -> tuple[list[Batch], int]:
     try:
         with safe_open(os.fspath(file), framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
@@ -174,10 +185,12 @@ def _tensors(file: Path, model: Model, size: int, limit: int | None) -> list[Bat
     lengths = {name: (t.shape[0] if t.ndim else 0) for name, t in tensors.items()}
     if len(set(lengths.values())) != 1:
         raise CalibrationError(f"data: the tensors in '{file}' have unequal first dimensions (the batch): {lengths}")
-    rows = min(next(iter(lengths.values())), limit or 2**62)
+    found = next(iter(lengths.values()))
+    rows = min(found, limit or found)
     if not rows:
         raise CalibrationError(f"data: the tensors in '{file}' are empty; at least one row is needed")
-    return [{n: t[start : min(start + size, rows)] for n, t in tensors.items()} for start in range(0, rows, size)]
+    cuts = [{n: t[start : min(start + size, rows)] for n, t in tensors.items()} for start in range(0, rows, size)]
+    return cuts, found
 
 
 def _checked(batch: Batch, model: Model, file: Path) -> Batch:

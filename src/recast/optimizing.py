@@ -143,7 +143,7 @@ def optimize_model(request: Request, say: Callable[[str], None]) -> Report:
             "as a Hugging Face directory or package.module:function, would work, with another recipe or target"
         )
     cache = OperatorCache.default()
-    statistics = _statistics(request, model, program, recipe, ready, cache)
+    statistics = _statistics(request, model, program, recipe, ready, cache, say)
     if statistics is not None and request.save_statistics is not None:
         statistics.save(request.save_statistics)
     if ready is None:
@@ -179,7 +179,13 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _statistics(
-    request: Request, model: Model, program: Program, recipe: Recipe, ready: Plan | None, cache: OperatorCache
+    request: Request,
+    model: Model,
+    program: Program,
+    recipe: Recipe,
+    ready: Plan | None,
+    cache: OperatorCache,
+    say: Callable[[str], None],
 ) -> Calibration | None:
     if request.calibrate is None:
         return None
@@ -192,7 +198,7 @@ def _statistics(
                 "statistics that a run with it saved"
             )
         return found
-    read = read_batches(request.calibrate, model, batch_size=request.batch_size, limit=request.limit)
+    read = read_batches(request.calibrate, model, batch_size=request.batch_size, limit=request.limit, say=say)
     batches = [model.complete(batch) for batch in read]
     forms = [e.form for e in ready.entries.values()] if ready else [recipe.default, *(r.form for r in recipe.rules)]
     asked = recipe if request.sequential else None

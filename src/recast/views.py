@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from recast.models import Model
+from recast.passes.render.rows import Rows
 from recast.passes.render.words import bytes_text, count_text
 from recast.patterns.find import Coverage
 from recast.patterns.program import Program
@@ -21,10 +21,7 @@ __all__ = ["explanation", "forms_tables", "inspection", "structure_text"]
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """A table; a column whose heading ends in ``>`` is aligned to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        right = column.endswith(">")
-        made.add_column(column.rstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+    made = Rows(title, [(column.rstrip(">"), column.endswith(">")) for column in columns])
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return made

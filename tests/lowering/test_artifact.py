@@ -185,7 +185,7 @@ def damage_json(folder: Path) -> str:
 
 def damage_seal(folder: Path) -> str:
     (folder / "recast.json.sha256").unlink()
-    return "recast.json' is damaged"
+    return "recast.json.sha256', the checksum of .* is missing; copy the whole folder"
 
 
 def damage_all(folder: Path) -> str:

@@ -282,3 +282,15 @@ def test_factors_of_a_product_stay_within_half_precision(seed: int) -> None:
     best = torch.linalg.svdvals(weight.double())[1:].square().sum()
     left = (operator.to_dense().double() - weight.double()).square().sum()
     assert float(left) <= 1.001 * float(best)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", ["block_diagonal(1) @ low_rank(8)", "block_diagonal(2) @ low_rank(8)"])
+def test_a_product_in_16_bits_is_not_fitted_to_its_own_rounding(text: str, dtype: torch.dtype) -> None:
+    """What rounding adds to a product of rank eight has full rank: a factor solved for on it would have huge values."""
+    weight = torch.randn(578, 64).to(dtype)
+    operator, wide = (Form.parse(text).fit(held) for held in (weight, weight.float()))
+    found, exact = (float((o.to_dense().double() - weight.double()).norm()) for o in (operator, wide))
+    assert found <= (1 + 4 * torch.finfo(dtype).eps) * exact
+    x = torch.randn(9, 64).to(dtype)
+    assert_close(operator.apply(x), x.double() @ operator.to(torch.float64).to_dense().T, terms=64)

@@ -84,14 +84,28 @@ ROWS = [
 ]
 
 
-def test_table_has_every_site_and_the_skipped_ones(report: Report) -> None:
+def test_table_has_every_site_and_the_skipped_ones(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     text = str(report)
-    assert text == table_text(report)
+    assert text == table_text(report) == table_text(report, width=120)
     for row in report.rows:
         assert re.search(rf"^ {row.name} +int8 ", text, re.MULTILINE)
     assert "dense by the recipe (rule '3')" in text
     assert "coverage 100.0%" in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_where_a_table_does_not_fit_each_site_is_a_few_lines(report: Report) -> None:
+    name = "encoder.layer.0.attention.self.query"
+    long = dataclasses.replace(
+        report, rows=[dataclasses.replace(report.rows[0], name=name, kernel="MatMulIntegerToFloat")]
+    )
+    text = table_text(long, width=80)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert re.search(rf"^{re.escape(name)}$", text, re.MULTILINE)
+    row = text.split(name)[1].split("Left dense")[0]
+    assert re.search(r"form int8, shape .*bytes .*FLOPs .*predicted .*measured", " ".join(row.split()))
+    assert "kernel MatMulIntegerToFloat" in " ".join(row.split())
 
 
 def test_operations_and_bytes_are_told_before_and_after(report: Report) -> None:
