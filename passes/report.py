@@ -199,8 +199,11 @@ def _row(row: SiteRow) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
 
-def fidelity(reference: Tensor, found: Tensor) -> dict[str, float]:
+def fidelity(reference: Tensor, found: Tensor, mask: Tensor | None = None) -> dict[str, float]:
     """How near one output is to another: relative error, largest difference, mean and worst cosine of the last axis.
+
+    Where `mask` has the sizes of an output but for its last one, as an ``attention_mask`` of words has, places where it is zero
+    do not count: what a model makes of padding is nobody's answer.
 
     Examples
     --------
@@ -209,6 +212,8 @@ def fidelity(reference: Tensor, found: Tensor) -> dict[str, float]:
     0.0
     """
     a, b = reference.detach().double(), found.detach().double()
+    if mask is not None and a.ndim and a.shape[:-1] == mask.shape and bool(mask.any()):
+        a, b = a[mask.bool()], b[mask.bool()]
     gap = a - b
     norm = float(a.norm())
     result = {

@@ -212,8 +212,11 @@ def _whole(before: Program, after: Program, context: Context) -> dict[str, dict[
     with torch.no_grad():
         reference = context.outputs(before, lambda: before.module(*probe))
         found = context.outputs(after, lambda: after.module(*probe))
+    named = dict(zip((str(node.target) for node in before.inputs()), probe, strict=True))
+    mask = named.get("attention_mask")
+    mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
     return {
-        f"output {i}": fidelity(a, b)
+        f"output {i}": fidelity(a, b, mask)
         for i, (a, b) in enumerate(zip(reference, found, strict=True))
         if isinstance(a, Tensor) and a.is_floating_point()
     }

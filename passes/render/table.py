@@ -69,7 +69,7 @@ def _summary(report: Report) -> Any:
         cosine = f", mean cosine {figures['mean_cosine']:.5f}" if "mean_cosine" in figures else ""
         worst = f", worst {figures['worst_cosine']:.5f}" if "worst_cosine" in figures else ""
         error = error_text(figures.get("relative_error"))
-        lines.append(f"{name}, first batch, every position: relative error {error}{cosine}{worst}")
+        lines.append(f"{name}, first batch: relative error {error}{cosine}{worst}")
     for name, figures in report.agreement.items():
         error = error_text(figures.get("relative_error"))
         lines.append(f"{name}: {report.target} and the eager rewritten program differ by {error}")

@@ -12,7 +12,7 @@ from recast.passes.cache import OperatorCache
 from recast.passes.plan import Skip
 from recast.passes.render import comparison_table, page, table_text
 from recast.passes.render.svg import scatter, spectrum
-from recast.passes.report import Report, SiteRow
+from recast.passes.report import Report, SiteRow, fidelity
 
 EVIL = '<script>alert("x")</script>[bold]&\'q'
 VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
@@ -204,3 +204,13 @@ def test_scatter_of_equal_nonpositive_or_infinite_points() -> None:
     assert scatter([], "x", "y") == ""
     assert scatter([(0.0, 0.1, "a"), (float("inf"), 0.1, "b")], "x", "y") == ""
     assert scatter([(0.1, 0.1, "a"), (0.1, 0.1, "b")], "x", "y").count("<circle") == 2
+
+
+def test_padding_does_not_count_in_the_error_of_outputs() -> None:
+    words, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    other = words.clone()
+    other[1, 2:] = -words[1, 2:]
+    assert fidelity(words, other)["worst_cosine"] < -0.99
+    assert fidelity(words, other, mask)["relative_error"] == 0
+    assert fidelity(words, other, 0 * mask) == fidelity(words, other)
+    assert fidelity(words[:, 0], other[:, 0], mask)["worst_cosine"] > 0.99
