@@ -108,11 +108,13 @@ def row_of(
     """Figures of a contestant, beside the least that memory allows."""
     own = folder / "".join(c if c.isalnum() else "_" for c in name)
     onnx_file = (own / "model.onnx").is_file()
-    held, read = (
-        weights_of(own)
-        if onnx_file
-        else (dense_bytes(settings) + 4 * settings["vocabulary"] * settings["width"], dense_bytes(settings))
-    )
+    if onnx_file:
+        held, read = weights_of(own)
+    else:
+        read = dense_bytes(settings)
+        held = read + 4 * settings["vocabulary"] * settings["width"]
+        if WAYS.get(name, {}).get("dtype") == "bfloat16":
+            held, read = held // 2, read // 2
     cache, found = cache_bytes(settings), summary(samples)
     floor = (read + cache) / speed
     return {

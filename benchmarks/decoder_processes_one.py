@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ __all__ = ["WAYS", "built_by_genai", "saved_model"]
 _SMALL = "int4(group={}, clip=false)"
 WAYS: dict[str, Mapping[str, Any]] = {
     "torch.compile fp32": {"kind": "compile"},
+    "torch.compile bf16": {"kind": "compile", "dtype": "bfloat16"},  # emulated, and slow, where the CPU has none
     "genai int4 block 32": {"kind": "genai", "options": ("block_size=32", "accuracy_level=4")},
     "genai int4 block 128": {"kind": "genai", "options": ("block_size=128", "accuracy_level=4")},
     "genai int4 block 128, pruned head": {
@@ -101,7 +103,8 @@ def run(way: Mapping[str, Any], saved: Path, folder: Path, given: Mapping[str, i
     import numpy as np
 
     ids = np.random.default_rng(0).integers(2, given["vocabulary"] - 1, given["prompt"]).tolist()
-    ready = {"recast": _recast, "genai": _genai, "compile": _compile}[way["kind"]]
+    kinds = {"recast": _recast, "genai": _genai, "compile": functools.partial(_compile, way.get("dtype", "float32"))}
+    ready = kinds[way["kind"]]
     generate, imported, load = ready(saved, folder, given["threads"])
     generate(ids, 2)
     clock = [time.process_time()]
@@ -167,7 +170,7 @@ def _genai(saved: Path, folder: Path, threads: int) -> Any:
     return generate, imported, load
 
 
-def _compile(saved: Path, folder: Path, threads: int) -> Any:
+def _compile(dtype: str, saved: Path, folder: Path, threads: int) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -175,7 +178,7 @@ def _compile(saved: Path, folder: Path, threads: int) -> Any:
 
     torch.set_num_threads(threads)
     imported, begin = _memory("VmRSS"), time.perf_counter()
-    model = Torch(AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).eval(), backend="inductor")
+    model = Torch(AutoModelForCausalLM.from_pretrained(saved, dtype=getattr(torch, dtype)).eval(), backend="inductor")
     load = time.perf_counter() - begin
 
     def generate(ids: list[int], count: int) -> tuple[float, float]:

@@ -6,7 +6,6 @@ python -m benchmarks.encoder_cpu --json benchmarks/results/encoder_cpu.json
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import re
 import sys
@@ -18,9 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.encoder_inputs import BATCH, TOKENS, Texts, cosines, encoder, texts
-from benchmarks.encoder_peers import BEST_INT8_ORT, ONNX, Bench, export, openvino_session, peers, quiet
-from benchmarks.harness import Contestant, Ready, bytes_of, measure
+from benchmarks.encoder_inputs import BATCH, TOKENS, cosines, encoder, texts
+from benchmarks.encoder_peers import BEST_INT8_ORT, ONNX, Bench, export, openvino_session, peers
+from benchmarks.harness import Contestant, Ready, bytes_of, has_bf16, measure
 from recast.kernels.quantized_matmul.ops import largest_exact_code
 
 
@@ -33,12 +32,22 @@ def recast_contestants(bench: Bench) -> dict[str, Contestant]:
     return {**_on_inductor(bench), **_on_onnx(bench), **_from_onnx(bench), **_as_qdq(bench)}
 
 
+def _narrow() -> str:
+    """Codes of 7 bits where this CPU's products of bytes would saturate."""
+    return "" if largest_exact_code() >= 127 else ", reduce_range=true"
+
+
 def _on_inductor(bench: Bench) -> dict[str, Contestant]:
+    tokens = f"int8(activations=true{_narrow()})"
     recipes: dict[str, Any] = {
         "dense": None,
-        "int8 activations per token": "int8(activations=true, reduce_range=true)",
+        "int8 activations per token": tokens,
+        "int8 static": f"int8(activations=true, static=true{_narrow()})",
         "low rank 0.5": "low_rank(ratio=0.5)",
     }
+    if has_bf16():
+        recipes["dense, bf16"] = {"compute_dtype": "bf16", "default": "dense"}
+        recipes["int8 activations per token, bf16"] = {"compute_dtype": "bf16", "default": tokens}
 
     def contestant(name: str, recipe: Any) -> Contestant:
         def prepare() -> Ready:
@@ -63,8 +72,8 @@ def _on_inductor(bench: Bench) -> dict[str, Contestant]:
 
 
 def _on_onnx(bench: Bench) -> dict[str, Contestant]:
-    rounded = "int8(activations=true, reduce_range=true)"
-    shared = "int8(activations=true, per_token=false, reduce_range=true)"
+    rounded = f"int8(activations=true{_narrow()})"
+    shared = f"int8(activations=true, per_token=false{_narrow()})"
     recipes: dict[str, tuple[Any, tuple[str, ...]]] = {
         "dense": (None, ("ORT fp32", "ORT fusions fp32")),
         "int8": ("int8", ("ORT fp32", "ORT fusions fp32")),
@@ -98,34 +107,17 @@ def _on_onnx(bench: Bench) -> dict[str, Contestant]:
     return {one.name: one for one in made}
 
 
-def _export_script(model: torch.nn.Module, texts: Texts, path: Path) -> Path:
-    """The model as torch's older exporter writes it, which runs TorchScript."""
-    names = ["input_ids", "attention_mask"]
-    if not path.exists():
-        with quiet():
-            torch.onnx.export(
-                copy.deepcopy(model),
-                texts.timed,
-                path,
-                dynamo=False,
-                opset_version=17,
-                dynamic_axes={name: {0: "batch", 1: "sequence"} for name in names},
-                input_names=names,
-                output_names=["embeddings"],
-            )
-    return path
-
-
 def _from_onnx(bench: Bench) -> dict[str, Contestant]:
     """Files of torch's exporters, read and rewritten: held to the file that recast writes from the torch model."""
-    exporters = {"dynamo": export, "TorchScript": _export_script}
-    recipes = {"dense": "dense", "int8 activations per token": "int8(activations=true, reduce_range=true)"}
+    exporters = {"dynamo": True, "TorchScript": False}
+    recipes = {"dense": "dense", "int8 activations per token": f"int8(activations=true{_narrow()})"}
 
     def contestant(exporter: str, name: str) -> Contestant:
         def prepare() -> Ready:
             import recast
 
-            path = exporters[exporter](bench.model, bench.texts, bench.folder / f"given-{exporter}.onnx")
+            given = bench.folder / f"given-{exporter}.onnx"
+            path = export(bench.model, bench.texts, given, dynamo=exporters[exporter])
             program = recast.capture(path)
             program = recast.rewrite(program, recast.plan(program, recipes[name]), pictures=False, measure=False)
             artifact = recast.lower(program, target="onnx", threads=bench.threads)
@@ -173,9 +165,7 @@ def _as_qdq(bench: Bench) -> dict[str, Contestant]:
         artifact, path = written(recipe)
         return Ready(lambda inputs: artifact(*inputs), bytes_of(path), "")
 
-    # Codes of 7 bits, where this CPU's products of bytes would saturate.
-    narrow = "" if largest_exact_code() >= 127 else ", reduce_range=true"
-    static = f"int8(activations=true, static=true{narrow})"
+    static = f"int8(activations=true, static=true{_narrow()})"
     recipes = {
         "int8 static": static,
         "int8 static, smoothed": f"smoothquant(base='{static}', alpha=0.75, shared=true)",

@@ -69,23 +69,18 @@ def _torch(bench: Bench) -> list[Contestant]:
 # -- ONNX Runtime ----------------------------------------------------------------------------------
 
 
-def export(model: nn.Module, texts: Texts, path: Path) -> Path:
-    """The model as an ONNX file with free batch and sequence, written once."""
+def export(model: nn.Module, texts: Texts, path: Path, dynamo: bool = True) -> Path:
+    """The model as an ONNX file with free batch and sequence, written once; or by the older exporter, which runs TorchScript."""
+    names = ["input_ids", "attention_mask"]
+    if dynamo:
+        free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+        asked = {"opset_version": 20, "dynamic_shapes": (free, free), "external_data": False, "verbose": False}
+    else:
+        asked = {"opset_version": 17, "dynamic_axes": {name: {0: "batch", 1: "sequence"} for name in names}}
     if not path.exists():
-        dims = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+        wanted: dict[str, Any] = {"dynamo": dynamo, "input_names": names, "output_names": ["embeddings"], **asked}
         with quiet():
-            torch.onnx.export(
-                copy.deepcopy(model),
-                texts.timed,
-                path,
-                dynamo=True,
-                opset_version=20,
-                dynamic_shapes=(dims, dims),
-                external_data=False,
-                input_names=["input_ids", "attention_mask"],
-                output_names=["embeddings"],
-                verbose=False,
-            )
+            torch.onnx.export(copy.deepcopy(model), texts.timed, path, **wanted)
     return path
 
 

@@ -245,6 +245,11 @@ def measure(
     return Result(name, baseline, (settings or {}) | how, rows, machine_facts())
 
 
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 itself; where it is emulated it takes ten times as long as fp32."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(machine_facts()["flags"]))
+
+
 def machine_facts() -> dict[str, Any]:
     """What one must know to compare with another machine's figures, and nothing that names this one."""
     cpu, flags = platform.processor() or platform.machine(), set[str]()

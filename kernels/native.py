@@ -32,7 +32,10 @@ _FLAGS = (
     "-fopenmp",
     "-shared",
     "-fPIC",
+    "-Wfatal-errors",  # the first, such as which instructions are missing, is what there is to tell
 )
+
+_HEADERS = Path(__file__).parent  # what sources share lies beside this file
 
 
 def compiler() -> str | None:
@@ -89,7 +92,14 @@ def load_library(source: Path, folder: Path | None) -> ctypes.CDLL:
         It does not compile or load; the compiler's words are told.
     """
     command = [str(compiler()), *_FLAGS]
-    about = [source.read_bytes(), " ".join(command).encode(), _version(command[0]).encode(), _machine().encode()]
+    headers = sorted(_HEADERS.glob("*.h"))
+    about = [
+        source.read_bytes(),
+        *(header.read_bytes() for header in headers),
+        " ".join(command).encode(),
+        _version(command[0]).encode(),
+        _machine().encode(),
+    ]
     digest = hashlib.sha256(b"\0".join(about)).hexdigest()[:20]
     kept = (folder or _own_folder()) / f"{source.stem}-{digest}.so"
     if not kept.is_file():
@@ -97,7 +107,10 @@ def load_library(source: Path, folder: Path | None) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=kept.parent) as place:
             made = Path(place) / kept.name
             ran = subprocess.run(
-                [*command, str(source), "-o", str(made), *_openmp()], capture_output=True, text=True, check=False
+                [*command, f"-I{_HEADERS}", str(source), "-o", str(made), *_openmp()],
+                capture_output=True,
+                text=True,
+                check=False,
             )
             if ran.returncode:
                 raise OSError(f"{command[0]} does not compile {source.name}: {ran.stderr.strip()[-500:]}")

@@ -136,5 +136,5 @@ def write_times(file: Path, times: dict[str, Any]) -> None:
 def _source() -> str:
     """Of the kernels: other code, other times."""
     folder = Path(next(iter(recast.kernels.__path__)))
-    files = sorted([*folder.rglob("*.py"), *folder.rglob("*.c")])
+    files = sorted([*folder.rglob("*.py"), *folder.rglob("*.[ch]")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

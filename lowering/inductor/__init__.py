@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 
 from recast.lowering.base import Lowering, Runner
-from recast.lowering.inductor.compile import compile_program
+from recast.lowering.inductor.compile import compile_program, inlined
 from recast.lowering.inductor.kernels import choice
-from recast.lowering.inline import Choose, inline_operators
+from recast.lowering.inline import Choose
 from recast.patterns.errors import TargetError
 from recast.patterns.program import Program
 
@@ -77,7 +77,7 @@ class Inductor(Lowering):
 
     def _inlined(self, program: Program) -> tuple[Program, dict[str, str]]:
         """The program without operator nodes, and the kernel of each site."""
-        return inline_operators(program, self._choice())
+        return inlined(program, self._choice())
 
     def _choice(self) -> Choose:
         return choice(frozen=self.freezing, keep_dense=self.keep_dense, rounded=self.accuracy_level == 4)

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from recast.lowering.inductor.attention import with_own_attention
 from recast.lowering.inductor.kernels import INTEGER, choice
-from recast.lowering.inline import inline_operators
+from recast.lowering.inductor.rounded import joined
+from recast.lowering.inline import Choose, inline_operators
+from recast.lowering.neighbours import fuse_neighbours
 from recast.patterns.program import Program, with_code
 
-__all__ = ["compile_graph", "compile_program"]
+__all__ = ["compile_graph", "compile_program", "inlined"]
 
 
 def _import_inductor() -> None:
@@ -54,11 +57,22 @@ def _settings(kernels: Mapping[str, str], freezing: bool, options: Mapping[str, 
     return {**settings, **options}
 
 
+def inlined(
+    program: Program, choose: Choose, paired: Mapping[Any, Mapping[str, int]] | None = None
+) -> tuple[Program, dict[str, str]]:
+    """The program without operator nodes, neighbours of products within their operations, and the kernel of each site."""
+    flat, kernels = inline_operators(program, choose)
+    kernels = fuse_neighbours(flat, kernels, paired or {})
+    joined(flat)
+    return flat, kernels
+
+
 def compile_program(
     program: Program, kernels: Mapping[str, str], *, freezing: bool, options: Mapping[str, Any]
 ) -> Callable[..., Any]:
     """Compile a program without operator nodes: for the first shapes as they are, from the second on for any that capture left free."""
     _import_inductor()
+    program = with_own_attention(program)
     settings = _settings(kernels, freezing, options)
     compiled: Callable[..., Any] = torch.compile(_own_code(program), fullgraph=True, dynamic=None, options=settings)
     return compiled
@@ -77,7 +91,8 @@ def compile_graph(
     _import_inductor()
     from torch._inductor.compile_fx import compile_fx
 
-    inlined, kernels = inline_operators(program, choice(frozen=False))
+    flat, kernels = inlined(program, choice(frozen=False))
+    flat = with_own_attention(flat)
     settings = _settings(kernels, freezing, options)
-    compiled: Any = compile_fx(inlined.module, list(inputs), config_patches=settings or None)
+    compiled: Any = compile_fx(flat.module, list(inputs), config_patches=settings or None)
     return compiled, kernels

@@ -1,10 +1,11 @@
 """Which kernel runs which operator under Inductor.
 
-On a CPU the int8 product goes to oneDNN (`recast::int8_matmul`), with rounding and scaling around it left to Inductor, which
-fuses them with their neighbours. Weights whose activations stay as they are keep packed (`recast::weight_only_matmul`): decoded
-in registers for few vectors, written out a slab at a time for many, from the number on at which that is measured to be faster.
-Everything else is plain ATen. Where no C compiler is to be had and weights are constants (freezing), they are unpacked once:
-Inductor would fold unpacking into constants laid out for oneDNN, which gives the same and takes it time to trace and compile.
+On a CPU with VNNI int8 products are our own (`rounded`). Without, they are oneDNN's (`recast::int8_matmul`), with rounding and scaling
+around them left to Inductor, which fuses them with their neighbours. Weights whose activations stay as they are keep packed
+(`recast::weight_only_matmul`): decoded in registers for few vectors, written out a slab at a time for many, from the number on at which
+that is measured to be faster. Everything else is plain ATen. Where no C compiler is to be had and weights are constants (freezing),
+they are unpacked once: Inductor would fold unpacking into constants laid out for oneDNN, which gives the same and takes it time to
+trace and compile.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from recast.kernels.quantized_matmul.ops import int8_matmul, largest_exact_code
+from recast.kernels.quantized_matmul.ops import int8_matmul, largest_exact_code, takes_unsigned
 from recast.lowering.dynamic_int8 import dynamic_int8
+from recast.lowering.inductor.rounded import rounded_product
 from recast.lowering.inductor.weight_only import weight_only
 from recast.lowering.inline import Choose
 from recast.lowering.packed import Packed, chooser, plain
@@ -49,7 +51,15 @@ def _leaf(operator: Operator, keep_dense: bool = False, rounded: bool = False) -
     simple = operator.symmetric and operator.scale.shape[1] == 1
     if not simple or int(operator.values.to(torch.int32).abs().max()) > largest_exact_code():
         return plain(operator, SATURATES)
-    return dynamic_int8(operator, INTEGER, int8_matmul)
+    return rounded_product(operator) or dynamic_int8(operator, INTEGER, _product)
+
+
+def _product(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The product of codes, put where the CPU wants them as they are made."""
+    if takes_unsigned():
+        codes = (codes.to(torch.int16) + 128).to(torch.uint8)
+    y: Tensor = int8_matmul(codes, weight, scale)
+    return y
 
 
 def _frozen_leaf(operator: Operator, keep_dense: bool = False, rounded: bool = False) -> Packed | None:

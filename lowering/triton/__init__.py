@@ -10,9 +10,9 @@ import torch
 from recast.kernels.tiles import interpreting
 from recast.lowering.base import Runner
 from recast.lowering.inductor import Inductor
+from recast.lowering.inductor.compile import inlined
 from recast.lowering.inline import Choose
 from recast.lowering.triton.kernels import choice, paired
-from recast.lowering.triton.neighbours import fuse_neighbours
 from recast.patterns.errors import TargetError
 from recast.patterns.program import Program
 
@@ -57,9 +57,8 @@ class Triton(Inductor):
         return super().prepare(program)
 
     def _inlined(self, program: Program) -> tuple[Program, dict[str, str]]:
-        """As `Inductor`'s, with what stands next to products in their operations."""
-        inlined, kernels = super()._inlined(program)
-        return inlined, fuse_neighbours(inlined, kernels, paired())
+        """As `Inductor`'s, where two products of one vector can be one."""
+        return inlined(program, self._choice(), paired())
 
     def _choice(self) -> Choose:
         return choice(keep_dense=self.keep_dense, copies=self.keep_copies)

@@ -195,17 +195,20 @@ def _polished(weight: Tensor, left: Tensor, core: Tensor, right: Tensor, stats: 
     """Solve for each block of A: ``min ‖(W_i - A_i C_i B) X‖`` with the Gram matrix damped; kept where it helps."""
     m, n = weight.shape
     d = left.shape[-1]
-    inner = core.double() @ _blocks(right, n).to_dense().double()
+    blocks = right.double()
     gram = None if stats is None or stats.gram is None else stats.gram.to(weight.device, torch.float64)
-    seen = inner if gram is None else inner @ gram
     ridge = 0.0 if gram is None else _DAMPING * float(gram.diagonal().mean())
     found = left.clone()
     for i, start in enumerate(range(0, m, d)):
         own = slice(start, min(start + d, m))
         size = own.stop - start
         rows = weight[own].double()
-        square, mixed = seen[own] @ inner[own].T, rows @ seen[own].T
-        plain, across = inner[own] @ inner[own].T, rows @ inner[own].T
+        # C_i B by the blocks of B, of which the last may reach past the inputs.
+        filled = torch.nn.functional.pad(core[own].double(), (0, -n % d)).unflatten(1, (-1, d)).transpose(0, 1)  # type: ignore[no-untyped-call]
+        inner = (filled @ blocks).transpose(0, 1).flatten(1)[:, :n]
+        seen = inner if gram is None else inner @ gram
+        square, mixed = seen @ inner.T, rows @ seen.T
+        plain, across = inner @ inner.T, rows @ inner.T
         solved = (mixed + ridge * across) @ pseudo_inverse(square + ridge * plain)
         before = left[i, :size, :size].double()
 

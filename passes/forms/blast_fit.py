@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from recast.passes.forms.linear_algebra import leading_subspace, pseudo_inverse, solve_positive
+from recast.passes.forms.linear_algebra import leading_subspace, pseudo_inverse, scaled_copy, solve_positive
 
 __all__ = ["fit_blast"]
 
@@ -36,8 +36,7 @@ def fit_blast(
     target = (weight.double() / scale).to(wide)
     data = None
     if gram is not None and bool(gram.trace() > 0):
-        data = gram.to(weight.device, torch.float64)
-        data = (data * (n / data.trace())).to(wide)
+        data = scaled_copy(gram.to(weight.device), gram.trace() / n, wide)
     basis = leading_subspace(target, data, rank=rank).to(wide)
     right = basis.T @ target
     size = right.norm(dim=1).sqrt()
@@ -59,15 +58,15 @@ class _State:
     def clone(self) -> _State:
         return _State(self.left.clone(), self.weights.clone(), self.right.clone())
 
-    def inner(self) -> Tensor:
-        """What B_i multiplies: (b, r, n)."""
-        return (self.weights.unsqueeze(2) * self.right).flatten(1, 2).mT
+    def inner(self, i: int) -> Tensor:
+        """What B_i multiplies, transposed: (n, r). Those of all i would be b times as large."""
+        return (self.weights[i].unsqueeze(1) * self.right).flatten(0, 1)
 
     def grams(self, gram: Tensor | None) -> Tensor:
-        """``inner() G inner()ᵀ`` of each row of blocks: (b, r, r).
+        """Gram matrices of what the B_i multiply, under the data: (b, r, r).
 
         By the products of the C_j with each other, which all rows of blocks have in common: r n (n + r) operations, where
-        those of ``inner()`` would take b times as many.
+        each row's own would take b times as many.
         """
         blocks, columns, rank = self.right.shape
         total = self.right.new_zeros(blocks, rank, rank)
@@ -88,8 +87,16 @@ class _State:
         """What C_jᵀ is multiplied with: (m, r)."""
         return (self.left * self.weights[:, j].unsqueeze(1)).flatten(0, 1)
 
-    def dense(self) -> Tensor:
-        return (self.left @ self.inner()).flatten(0, 1)
+    def gap(self, target: Tensor) -> Tensor:
+        """What is missing of the target, (m, n)."""
+        found = target.clone()
+        for i, rows in enumerate(found.chunk(len(self.left))):
+            rows.addmm_(self.left[i], self.inner(i).T, alpha=-1)
+        return found
+
+    def pull(self, seen: Tensor) -> Tensor:
+        """Products of each row of blocks of (m, n) with what its B_i multiplies: (b, r, m / b)."""
+        return torch.stack([(rows @ self.inner(i)).T for i, rows in enumerate(seen.chunk(len(self.left)))])
 
 
 def _descend(state: _State, target: Tensor, gram: Tensor | None, iterations: int) -> _State:
@@ -100,7 +107,7 @@ def _descend(state: _State, target: Tensor, gram: Tensor | None, iterations: int
         inverses = [pseudo_inverse(cut[j, :, j * columns : (j + 1) * columns]).to(target.dtype) for j in range(blocks)]
     best, least, since = state.clone(), math.inf, 0
     for round_ in range(iterations + 1):
-        gap = target - state.dense()
+        gap = state.gap(target)
         seen = gap if gram is None else gap @ gram
         loss = float((gap * seen).sum())
         since = 0 if loss < least * (1 - _GAIN) else since + 1
@@ -109,9 +116,10 @@ def _descend(state: _State, target: Tensor, gram: Tensor | None, iterations: int
         if not loss > 1e-24 or round_ == iterations or since > _PATIENCE:  # exact, or no longer finite
             break
         step, damping = 1 - round_ / iterations, _DAMPING * math.sqrt(loss)
-        pull = seen.reshape(blocks, -1, seen.shape[1]) @ state.inner().mT
-        state.left = state.left + step * _solved(state.grams(gram), pull.mT, damping).mT
-        gap = target - state.dense()
+        pull = state.pull(seen)
+        del gap, seen
+        state.left = state.left + step * _solved(state.grams(gram), pull, damping).mT
+        gap = state.gap(target)
         for j in range(blocks):
             own = slice(j * columns, (j + 1) * columns)
             outer = state.outer(j)

@@ -26,6 +26,8 @@ __all__ = ["fit_slices", "outline_slices"]
 # Rounds of least squares under statistics stop here, or when one lowers the squared error by less than this fraction.
 _ROUNDS = 12
 _GAIN = 1e-3
+# Rows whose errors are looked at together.
+_SLAB = 512
 
 
 def fit_slices(weight: Tensor, stats: Stats | None, inputs: int, outputs: int, rank: int) -> Operator:
@@ -118,8 +120,8 @@ def _in_turns(
 ) -> tuple[Tensor, Tensor]:
     """Least squares for U and for each block of V in turns, until a round gains too little.
 
-    No product with G is taken twice: W G is there once, V G is carried along as V changes, and of what is missing D only
-    D G is asked for, which is W G less U V G.
+    No product with G is taken twice: W G is there once and V G is carried along as V changes. Of what is missing D there are
+    never more than a few rows.
     """
     inputs, count, rank = left.shape
     columns = right.shape[-1]
@@ -127,23 +129,22 @@ def _in_turns(
     wanted = times(rows, gram)
     right = right.clone()
     seen = torch.cat([right[k] @ gram[part] for k, part in enumerate(own)])  # V G, (K T, n)
-    missed = torch.addmm(wanted, left.transpose(0, 1).flatten(1), seen, alpha=-1)  # D G, (l, n)
-    best, least = (left, right.clone()), _error(rows, left, right, missed)
+    best, least = (left, right.clone()), _error(rows, wanted, left, right, seen)
     for _ in range(_ROUNDS):
         # The block reads the features Z x, so L = W G Zᵀ (Z G Zᵀ)⁺.
         met = torch.cat([wanted[:, part] @ right[k].T for k, part in enumerate(own)], 1)
         within = torch.cat([seen[:, part] @ right[k].T for k, part in enumerate(own)], 1)
         solved = met @ pseudo_inverse(within)
         left = solved.reshape(count, inputs, rank).transpose(0, 1)
-        torch.addmm(wanted, solved, seen, alpha=-1, out=missed)
-        # With block k of V alone free, it changes by (UᵀU)⁺ Uᵀ (D G)_k (G_kk)⁺, D being what is missing.
+        # With block k of V alone free, it changes by (UᵀU)⁺ Uᵀ (D G)_k (G_kk)⁺, and D G is W G less U V G.
+        among = solved.T @ solved
         for k, part in enumerate(own):
-            change = pseudo_inverse(left[k].T @ left[k]) @ (left[k].T @ missed[:, part]) @ inverses[k]
+            ranks = slice(k * rank, (k + 1) * rank)
+            pull = torch.addmm(left[k].T @ wanted[:, part], among[ranks], seen[:, part], alpha=-1)
+            change = pseudo_inverse(among[ranks, ranks]) @ pull @ inverses[k]
             right[k] += change
-            moved = change @ gram[part]
-            seen[k * rank : (k + 1) * rank] += moved
-            missed.addmm_(left[k], moved, alpha=-1)
-        error = _error(rows, left, right, missed)
+            seen[ranks].addmm_(change, gram[part])
+        error = _error(rows, wanted, left, right, seen)
         enough = not error < least * (1 - _GAIN)
         if error < least:
             best, least = (left, right.clone()), error
@@ -152,9 +153,15 @@ def _in_turns(
     return best
 
 
-def _error(rows: Tensor, left: Tensor, right: Tensor, missed: Tensor) -> float:
-    """Squared error under G, of which `missed` is the product with what is missing."""
-    total = missed.new_zeros(())
-    for u, v, own, pull in zip(left, right, rows.chunk(len(left), 1), missed.chunk(len(left), 1), strict=True):
-        total += torch.addmm(own.double(), u, v, alpha=-1).mul_(pull).sum()
+def _error(rows: Tensor, wanted: Tensor, left: Tensor, right: Tensor, seen: Tensor) -> float:
+    """Squared error under G: the sum of what is missing times its product with G, a few rows at a time."""
+    total = wanted.new_zeros(())
+    whole = left.transpose(0, 1).flatten(1)
+    for start in range(0, len(rows), _SLAB):
+        some = slice(start, start + _SLAB)
+        missed = torch.addmm(wanted[some], whole[some], seen, alpha=-1)
+        for u, v, own, pull in zip(
+            left, right, rows[some].chunk(len(left), 1), missed.chunk(len(left), 1), strict=True
+        ):
+            total += torch.addmm(own.double(), u[some], v, alpha=-1).mul_(pull).sum()
     return float(total.clamp_min(0))

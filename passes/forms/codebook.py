@@ -206,7 +206,11 @@ def fit_table(
             step = steps[j // width]
             return table[reference.nearest_codes(column / step, table)] * step
 
-        nearest = table[picked.long()] * spread(scale, n, group)
+        plain = picked
+
+        def nearest(rows: slice) -> Tensor:
+            return table[plain[rows].long()] * spread(scale[rows], n, group)
+
         found, take = compensated(
             wide, gram, nearest, snap, rounding=rounding, group=group, choose=None, act_order=act_order
         )

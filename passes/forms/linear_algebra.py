@@ -17,6 +17,7 @@ __all__ = [
     "leading_subspace",
     "output_gram",
     "pseudo_inverse",
+    "scaled_copy",
     "solve_consistent",
     "solve_positive",
     "times",
@@ -61,25 +62,34 @@ def pseudo_inverse(gram: Tensor) -> Tensor:
 def solve_consistent(right: Tensor, gram: Tensor) -> Tensor:
     """Find ``R G⁺``, float64, for a right side R (m, n) whose rows lie in the range of G (n, n), as those of W G do.
 
-    Large matrices that Cholesky alone cannot serve get a ridge at the cutoff and one step of refinement: directions that the
-    data shows come out as they should to the square of the ridge's share, and R has no others.
+    Large matrices get a ridge ρ at the cutoff and one step of refinement, which is ``X₁ = R (G + ρ)⁻¹`` and
+    ``X₁ + ρ X₁ (G + ρ)⁻¹``: directions that the data shows come out as they should to the square of the ridge's share, and R
+    has no others. Beside its two arguments there is one more matrix of each of their sizes.
     """
     if len(gram) <= LARGE:
         return right @ pseudo_inverse(gram)
-    wide = gram.double()
-    right = right.to(wide.dtype)
-    ridge = CUTOFF * wide.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    ridge = CUTOFF * gram.norm(dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny)
     while True:
-        shifted = wide.clone()
+        shifted = gram.to(torch.float64, copy=True)
         shifted.diagonal().add_(ridge)
         lower = _factor(shifted)
         if lower is not None:
             break
         ridge *= 100  # only rounding can have made it indefinite
     del shifted
-    found = torch.cholesky_solve(right.mT, lower)
-    found += torch.cholesky_solve(right.mT - wide @ found, lower)
-    return found.mT
+    found = _solved_rows(right.to(torch.float64, copy=True), lower)
+    return found.add_(_solved_rows(found.clone(), lower), alpha=float(ridge))
+
+
+def _solved_rows(rows: Tensor, lower: Tensor) -> Tensor:
+    """``R (L Lᵀ)⁻¹`` for rows (m, n), which are overwritten, and a lower Cholesky factor; both float64."""
+    if rows.device.type == "cpu":
+        import scipy.linalg.lapack
+
+        # Transposes are what Fortran reads; torch's own would copy the factor.
+        solved, _ = scipy.linalg.lapack.dpotrs(lower.numpy().T, rows.contiguous().numpy().T, lower=0, overwrite_b=1)
+        return torch.from_numpy(solved.T)
+    return torch.cholesky_solve(rows.mT, lower).mT
 
 
 def inverse_factor(gram: Tensor, damping: float, dead: float, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -207,8 +217,8 @@ def _width(rank: int) -> int:
 
 def _krylov(w: Tensor, gram: Tensor | None, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Leading eigenvalues, descending, and vectors of a Nyström approximation of ``W G Wᵀ``; products are in `dtype`."""
-    weight = _scaled(w, w.abs().max(), dtype)
-    middle = None if gram is None else _scaled(gram, gram.diagonal().max(), dtype)
+    weight = scaled_copy(w, w.abs().max(), dtype)
+    middle = None if gram is None else scaled_copy(gram, gram.diagonal().max(), dtype)
     width = _width(rank)
     start = torch.randn(w.shape[0], width, dtype=torch.float32, device=w.device, generator=_fixed(w.device))
     basis, products = torch.linalg.qr(start.to(dtype)).Q, []
@@ -236,7 +246,7 @@ def _krylov(w: Tensor, gram: Tensor | None, rank: int, dtype: torch.dtype) -> tu
     return squares.flip(0)[:rank].clamp_min(0), vectors
 
 
-def _scaled(matrix: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_copy(matrix: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
     """Divide a matrix by a number, in float64, and convert it: a few rows at a time, or both copies would be large."""
     size = size.double().clamp_min(torch.finfo(torch.float64).tiny)
     found = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
@@ -328,7 +338,10 @@ def times(weight: Tensor, other: Tensor) -> Tensor:
         for rows, some in parts:
             found.addmm_(rows.to(other.dtype).T, some)
         return found
-    return torch.cat([rows.to(other.dtype) @ other for rows in torch.split(weight, _ROWS)])
+    found = torch.empty(weight.shape[0], other.shape[1], dtype=other.dtype, device=other.device)
+    for rows, out in zip(torch.split(weight, _ROWS), torch.split(found, _ROWS), strict=True):
+        torch.mm(rows.to(other.dtype), other, out=out)
+    return found
 
 
 def output_gram(weight: Tensor, gram: Tensor | None = None) -> Tensor:

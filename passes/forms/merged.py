@@ -23,6 +23,8 @@ __all__ = ["Merged"]
 # Outputs on so many combinations of inputs tell matrices apart; distances are right within a few percent.
 _PROBES = 256
 _SEED = 0
+# Rows of a weight that are converted to float64 at once.
+_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,7 @@ class Merged(SharedForm):
         return Dense(torch.empty(shape, dtype=dtype, device="meta"))
 
     def solve_together(self, weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> list[Operator]:
-        together = pooled(stats)
-        gram = None if together is None or together.gram is None else together.gram.to(weights[0].device)
-        labels = _clusters(weights, gram, self.count)
+        labels = _clusters(weights, stats, self.count)
         made: dict[int, Dense] = {}
         for label in labels:
             if label not in made:
@@ -79,12 +79,14 @@ class Merged(SharedForm):
         return [made[label] for label in labels]
 
 
-def _clusters(weights: Sequence[Tensor], gram: Tensor | None, count: int) -> list[int]:
+def _clusters(weights: Sequence[Tensor], stats: Sequence[Stats | None], count: int) -> list[int]:
     """The number of each matrix's cluster, at most `count` of them."""
     if len(weights) <= count:
         return list(range(len(weights)))
     if count == 1:
         return [1] * len(weights)
+    together = pooled(stats)
+    gram = None if together is None else together.gram
     n = weights[0].shape[1]
     generator = torch.Generator().manual_seed(_SEED)
     if n <= _PROBES and gram is None:
@@ -119,5 +121,6 @@ def _merged(weights: Sequence[Tensor], stats: Sequence[Stats | None]) -> Tensor:
         assert known.gram is not None
         gram = known.gram.to(mean.device, torch.float64)
         grams += gram
-        moved += (weight.double() - mean) @ gram
-    return (mean + solve_consistent(moved, grams)).to(weights[0].dtype)
+        for some, middle, out in zip(*(torch.split(t, _ROWS) for t in (weight, mean, moved)), strict=True):
+            out.addmm_(some.double() - middle, gram)
+    return mean.add_(solve_consistent(moved, grams)).to(weights[0].dtype)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -225,6 +225,11 @@ def _largest_eigenvalue(gram: Tensor) -> float:
         return float(torch.linalg.eigvalsh(gram.double())[-1])
     import scipy.sparse.linalg
 
+    def product(vector: Any) -> Any:  # in the dtype of the matrix, which is large and not copied
+        moved = torch.from_numpy(vector).reshape(-1).to(gram.device, gram.dtype)
+        return (gram @ moved).cpu().double().numpy()
+
+    operator = scipy.sparse.linalg.LinearOperator(gram.shape, matvec=product, dtype="float64")
     start = torch.ones(len(gram), dtype=torch.float64).numpy()
-    found = scipy.sparse.linalg.eigsh(gram.cpu().double().numpy(), k=1, v0=start, tol=_EIGEN, return_eigenvectors=False)
+    found = scipy.sparse.linalg.eigsh(operator, k=1, v0=start, tol=_EIGEN, return_eigenvectors=False)
     return float(found[0]) * (1 + _EIGEN)

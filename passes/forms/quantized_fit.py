@@ -113,7 +113,6 @@ def _compensated(
     n = weight.shape[1]
     width = n if group is None else group
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    nearest = reference.dequantize(values, scale, zero, bits=bits, group=group, features=n)
     # A group's scales as columns next to each other in memory: (groups, m).
     steps = scale.T.contiguous()
     offsets = torch.zeros_like(steps) if zero is None else zero.T.to(steps.dtype).contiguous()
@@ -125,6 +124,12 @@ def _compensated(
         if offset is not None:
             offsets[start // width] = offset[:, 0].to(steps.dtype)
 
+    def nearest(rows: slice) -> Tensor:
+        # One scale stands for all rows, or each has its own.
+        mine = rows if len(scale) > 1 else slice(None)
+        offset = None if zero is None else zero[mine]
+        return reference.dequantize(values[rows], scale[mine], offset, bits=bits, group=group, features=n)
+
     snap = integer_snap(steps, offsets, width, reference.code_range(bits, zero is None, reduce_range))
     # One group a row is there before its first input is rounded: nothing to choose anew.
     anew = None if act_order or width >= n else choose
@@ -135,7 +140,6 @@ def _compensated(
     new_zero = None if zero is None else offsets.T.to(zero.dtype).contiguous()
     parts = []
     for rows in _slabs(*found.shape):
-        # One scale stands for all rows, or each has its own.
         mine = rows if len(new_scale) > 1 else slice(None)
         offset = None if new_zero is None else new_zero[mine]
         part = found[rows]

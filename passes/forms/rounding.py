@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from recast.passes.forms.linear_algebra import inverse_factor
-from recast.passes.forms.stats import gap_errors
+from recast.passes.forms.linear_algebra import inverse_factor, scaled_copy
+from recast.passes.forms.stats import less_error
 
 __all__ = [
     "ROUNDINGS",
@@ -35,6 +35,8 @@ Choose = Callable[[int, int, Tensor], None]
 
 # Inputs that are rounded before the rest hears of it, which is then one product of matrices.
 _BLOCK = 128
+# Rows whose errors are compared at once.
+_ROWS = 256
 # Published settings: damping of 1 % of the mean diagonal; thirty passes, of which every third but the last leaves values
 # unrounded.
 _DAMPING = 0.01
@@ -171,7 +173,7 @@ def quantease(weight: Tensor, gram: Tensor, start: Tensor, snap: Snap, *, passes
 
 def unit_gram(gram: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a Gram matrix with a mean diagonal of 1, in the dtype that products with it are taken in."""
-    return (gram / gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)).to(dtype)
+    return scaled_copy(gram, gram.diagonal().mean(), dtype)
 
 
 def unrounded(number: int, passes: int) -> bool:
@@ -212,7 +214,7 @@ def _errors(gap: Tensor, g: Tensor) -> Tensor:
 def compensated(
     weight: Tensor,
     gram: Tensor,
-    nearest: Tensor,
+    nearest: Callable[[slice], Tensor],
     snap: Snap,
     *,
     rounding: str,
@@ -222,6 +224,8 @@ def compensated(
 ) -> tuple[Tensor, Tensor]:
     """Round by GPTQ, and on from there by QuantEase where `rounding` says so.
 
+    `nearest` gives some rows of what plain rounding makes, (k, n).
+
     Returns
     -------
     values, take
@@ -230,4 +234,9 @@ def compensated(
     found = gptq(weight, gram, snap, group=group, choose=choose, act_order=act_order)
     if rounding == "quantease":
         found = quantease(weight, gram, found, snap)
-    return found, gap_errors(weight, found, gram) < gap_errors(weight, nearest, gram)
+    take = []
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        wide = weight[rows].double()
+        take.append(less_error(wide - found[rows], wide - nearest(rows), gram))
+    return found, torch.cat(take)

@@ -19,6 +19,9 @@ from recast.patterns.errors import FormError
 
 __all__ = ["OverBase", "ScaledInputs", "fit_scaled", "input_size", "scaled_rows", "scaled_stats", "without_scale"]
 
+# Rows of a weight that are scaled at once.
+_ROWS = 512
+
 
 @dataclass(frozen=True)
 class OverBase(NamedForm):
@@ -123,7 +126,10 @@ def fit_scaled(base: Form, weight: Tensor, stats: Stats | None, scale: Tensor) -
     held = (1 / scale).to(weight.dtype)
     times = 1 / held.to(torch.float64)
     seen = None if stats is None else scaled_stats(stats, held)
-    left: Operator = base.solve((wide * times).to(wide.dtype), seen).to(weight.dtype)
+    grown = torch.empty(wide.shape, dtype=wide.dtype, device=wide.device)
+    for rows, out in zip(torch.split(wide, _ROWS), torch.split(grown, _ROWS), strict=True):
+        torch.mul(rows, times, out=out)  # in float64, a few rows at a time, and only then rounded
+    left: Operator = base.solve(grown, seen).to(weight.dtype)
     return Product(left, Diagonal(held, len(held), len(held)))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import recast
+from recast.kernels.eight_bit_matmul import rounded_rows
 from recast.kernels.quantized_matmul.ops import int8_matmul, largest_exact_code
 from recast.lowering.inductor.weight_only import PACKED, ROUNDED
 from recast.passes.report import fidelity
@@ -33,12 +34,18 @@ RECIPE = {
 }
 
 
-def test_compiled_equals_eager_and_loads_bit_identical(program: recast.Program, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [True, False], ids=["own", "library"])
+def test_compiled_equals_eager_and_loads_bit_identical(
+    program: recast.Program, tmp_path: Path, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not own:
+        monkeypatch.setattr("recast.lowering.inductor.rounded.rounded_rows.unavailable", lambda: "not asked for")
+    vnni = rounded_rows.unavailable() is None
     rewritten = recast.rewrite(program, recast.plan(program, RECIPE))
     eager = recast.lower(rewritten, "eager")
     artifact = recast.lower(rewritten, "inductor")
     assert [row.kernel for row in artifact.report.rows] == [
-        "onednn int8",
+        "recast int8 product (VNNI) + bias + gelu" if vnni else "onednn int8",
         PACKED,
         "aten (unpacked once) + aten",  # groups of 16: blocks hold 32 inputs
     ]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import recast
+from recast.lowering.activations import activation_after
 from recast.lowering.triton import Triton
-from recast.lowering.triton.activations import activation_after
 from recast.lowering.triton.serving.dequantizing import DEQUANTIZING
 from recast.lowering.triton.serving.eight_bit import INTEGERS
 from recast.lowering.triton.serving.low_rank import LOW_RANK

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from recast.lowering.triton.activations import activation_after
-from recast.lowering.triton.pairs import as_one, given, numbered
+from recast.lowering.activations import activation_after
+from recast.lowering.pairs import as_one, given, numbered
 from recast.passes.dead import remove_dead
 from recast.patterns.program import Program
 

@@ -1,0 +1,1 @@
+"""softmax(scale q kᵀ + mask) v on a CPU."""
