@@ -143,39 +143,41 @@ def _from_onnx(bench: Bench) -> dict[str, Contestant]:
 def _as_qdq(bench: Bench) -> dict[str, Contestant]:
     """One file of standard operators, read by OpenVINO and by ONNX Runtime."""
 
-    def written(recipe: str) -> tuple[Any, Path]:
+    def written(recipe: str, embeddings: str | None) -> tuple[Any, Path]:
         import recast
 
         program = recast.capture(bench.model, bench.texts.timed)
         statistics = recast.calibrate(program, bench.texts.calibration)
         program = recast.rewrite(program, recast.plan(program, recipe, statistics), pictures=False, measure=False)
-        artifact = recast.lower(program, target="onnx", style="qdq", threads=bench.threads)
+        artifact = recast.lower(program, target="onnx", style="qdq", threads=bench.threads, embeddings=embeddings)
         folder = bench.folder / f"recast-{len(list(bench.folder.glob('recast-*')))}"
         artifact.save(folder)
         return artifact, folder / "model.onnx"
 
-    def in_openvino(recipe: str) -> Ready:
+    def in_openvino(recipe: str, embeddings: str | None) -> Ready:
         import openvino
 
-        path = written(recipe)[1]
+        path = written(recipe, embeddings)[1]
         run, used = openvino_session(openvino.Core().read_model(path), bench.threads, "f32")
         return Ready(run, bytes_of(path), "" if used == "f32" else f"ran in {used}")
 
-    def in_onnxruntime(recipe: str) -> Ready:
-        artifact, path = written(recipe)
+    def in_onnxruntime(recipe: str, embeddings: str | None) -> Ready:
+        artifact, path = written(recipe, embeddings)
         return Ready(lambda inputs: artifact(*inputs), bytes_of(path), "")
 
     static = f"int8(activations=true, static=true{_narrow()})"
+    smoothed = f"smoothquant(base='{static}', alpha=0.75, shared=true)"
     recipes = {
-        "int8 static": static,
-        "int8 static, smoothed": f"smoothquant(base='{static}', alpha=0.75, shared=true)",
+        "int8 static": (static, None),
+        "int8 static, smoothed": (smoothed, None),
+        "int8 static, smoothed, int4 embeddings": (smoothed, "int4(group=32)"),
     }
     made = []
-    for name, recipe in recipes.items():
+    for name, (recipe, embeddings) in recipes.items():
         made.append(
             Contestant(
                 f"recast QDQ in OpenVINO, {name}",
-                functools.partial(in_openvino, recipe),
+                functools.partial(in_openvino, recipe, embeddings),
                 "openvino",
                 "recast",
                 (*ONNX, "openvino"),
@@ -185,7 +187,7 @@ def _as_qdq(bench: Bench) -> dict[str, Contestant]:
         made.append(
             Contestant(
                 f"recast QDQ in ONNX Runtime, {name}",
-                functools.partial(in_onnxruntime, recipe),
+                functools.partial(in_onnxruntime, recipe, embeddings),
                 "onnx",
                 "recast",
                 ONNX,

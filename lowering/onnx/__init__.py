@@ -130,7 +130,7 @@ class OnnxRuntime(Lowering):
         write_kept(inlined, self.opset)
         drop_guards(inlined)
         said += self._pack_cache(inlined)
-        pack_tables(inlined, self._tables)
+        pack_tables(inlined, self._tables, standard=qdq)
         self.decoder = self._group(inlined)
         inlined = gather_spelled(inlined, standard=qdq)
         self._notes += said

@@ -135,15 +135,15 @@ def round_tables(program: Program, tables: list[Table]) -> Program:
     return result
 
 
-def pack_tables(program: Program, tables: list[Table]) -> None:
-    """Put GatherBlockQuantized in the place of each lookup, in a program without operator nodes."""
+def pack_tables(program: Program, tables: list[Table], *, standard: bool = False) -> None:
+    """Put GatherBlockQuantized in the place of each lookup, or standard operators, in a program without operator nodes."""
     reads = _reads(program)
     for place, table in enumerate(tables):
         held = {f"{_PACKED}.{name}_{place}": tensor for name, tensor in _laid_out(table.operator).items()}
         for path, tensor in held.items():
             set_by_path(program.module, path, tensor)
         for node in [user for read in reads[table.name] for user in read.users]:
-            _replace(program, node, table.operator, held)
+            _replace(program, node, table.operator, held, standard)
     program.graph.eliminate_dead_code()
     program.module.recompile()
 
@@ -164,7 +164,7 @@ def _laid_out(operator: Quantized) -> dict[str, Tensor]:
     return held
 
 
-def _replace(program: Program, node: fx.Node, operator: Quantized, held: dict[str, Tensor]) -> None:
+def _replace(program: Program, node: fx.Node, operator: Quantized, held: dict[str, Tensor], standard: bool) -> None:
     mode, ids = node.meta["val"], cast(fx.Node, node.args[1])
     rows, features = operator.shape
     group = int(operator.group or features)
@@ -188,6 +188,23 @@ def _replace(program: Program, node: fx.Node, operator: Quantized, held: dict[st
         )
         return y.reshape(*ids.shape, features).to(mode.dtype)
 
-    result = splice(program, node, run, [ids, *nodes])
+    def looked_up(ids: Tensor, values: Tensor, scale: Tensor, *zero: Tensor) -> Tensor:
+        """Rows of codes, and what becomes of those alone."""
+        numbers, sizes = ids.reshape(-1), (*ids.shape, features // group)
+        codes = torch.index_select(values, 0, numbers).reshape(*sizes, -1).to(torch.float32)
+        parts = []
+        for _ in range(8 // operator.bits):  # in floating point, which every provider has for all of this
+            rest = torch.floor(codes / 2**operator.bits)
+            parts.append(codes - rest * 2**operator.bits)
+            codes = rest
+        codes = torch.stack(parts, -1).reshape(*sizes, group)
+        offset = 2.0 ** (operator.bits - 1)
+        if zero:
+            offset = torch.index_select(zero[0], 0, numbers).reshape(*sizes, 1).to(torch.float32)
+        steps = torch.index_select(scale, 0, numbers).to(torch.float32).reshape(*sizes, 1)
+        y = (codes - offset) * steps
+        return y.reshape(*ids.shape, features).to(mode.dtype)
+
+    result = splice(program, node, looked_up if standard else run, [ids, *nodes])
     node.replace_all_uses_with(result)
     program.graph.erase_node(node)

@@ -37,8 +37,8 @@ def check_options(
             "target 'onnx': cache='int8' has a scale for each head and token, which neither GroupQueryAttention nor "
             "onnxruntime-genai takes; it goes with attention='standard' and without genai"
         )
-    if style == "qdq" and (attention == "grouped" or accuracy_level or genai or embeddings):
+    if style == "qdq" and (attention == "grouped" or accuracy_level or genai):
         raise TargetError(
-            "target 'onnx': style='qdq' is of standard operators alone; attention='grouped', accuracy_level, genai and embeddings "
-            "are of ONNX Runtime's own and go with style='qoperator'"
+            "target 'onnx': style='qdq' is of standard operators alone; attention='grouped', accuracy_level and genai are of "
+            "ONNX Runtime's own and go with style='qoperator'"
         )

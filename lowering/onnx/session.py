@@ -50,6 +50,8 @@ def load_session(model: bytes | Path, threads: int | None, integers: bool = Fals
     if not integers:
         # Weights kept small in the file by DequantizeLinear are unpacked once, at load, and not in every call.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Weights alone in integers stay so: with VNNI ONNX Runtime would round what they are multiplied with to bytes, too.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     source = model if isinstance(model, bytes) else str(model)
     try:
         return runtime.InferenceSession(

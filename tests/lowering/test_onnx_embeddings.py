@@ -39,10 +39,12 @@ def operators(artifact: Any) -> list[str]:
 
 @pytest.mark.parametrize("symmetric", ["true", "false"])
 @pytest.mark.parametrize("form", ["int2(group=16", "int4(group=16", "int4(group=64", "int8(group=16", "int8(group=32"])
-def test_rows_are_those_of_the_rounded_table(form: str, symmetric: str) -> None:
+@pytest.mark.parametrize("style", ["qoperator", "qdq"])
+def test_rows_are_those_of_the_rounded_table(form: str, symmetric: str, style: str) -> None:
     program, text = lookup(), f"{form}, symmetric={symmetric})"
-    artifact = recast.lower(program, target="onnx", embeddings=text)
-    assert "GatherBlockQuantized" in operators(artifact)
+    artifact = recast.lower(program, target="onnx", embeddings=text, style=style)
+    assert ("GatherBlockQuantized" in operators(artifact)) == (style == "qoperator")
+    assert all(not node.domain for node in artifact.lowering._model.graph.all_nodes() if style == "qdq")
     table = recast.Form.parse(text).fit(get_by_path(program.module, "table.weight").detach()).to_dense()
     tokens = torch.tensor([[36, 0, 9, 9, 1]])
     found, product = artifact(tokens)
