@@ -14,13 +14,15 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from recast.kernels.kept import cache_directory
 
-__all__ = ["compiler", "library_of", "load_library", "why_not"]
+__all__ = ["Source", "compiler", "load_library", "why_not"]
 
 # No -ffast-math: gcc 12 then reorders sums that were written in the order that suits the registers, with three times the code.
 _FLAGS = (
@@ -63,17 +65,60 @@ def why_not() -> str | None:
     return None
 
 
-@functools.cache
-def library_of(source: Path) -> ctypes.CDLL | str:
-    """A C source as a library, kept where recast keeps things; or why there is none."""
-    reason = why_not()
-    if reason is not None:
-        return reason
-    folder = cache_directory()
-    try:
-        return load_library(source, None if folder is None else folder / "native")
-    except OSError as error:
-        return str(error)
+class Source:
+    """A C source, compiled and loaded when it is first called.
+
+    Parameters
+    ----------
+    beside
+        ``__file__`` of the Python file of its name.
+    functions
+        Types of the arguments of each of its functions, and of what it returns.
+
+    Examples
+    --------
+    >>> missing = Source("/nowhere/kernel.py", {"run": ([], None)})
+    >>> missing.unavailable() is not None
+    True
+    """
+
+    def __init__(self, beside: str, functions: Mapping[str, tuple[Sequence[Any], Any]]) -> None:
+        self.path, self._functions = Path(beside).with_suffix(".c"), functions
+        self._found: ctypes.CDLL | str | None = None
+
+    def unavailable(self) -> str | None:
+        """Say why it does not run here; None where it does."""
+        if self._found is None:
+            self.use(self._loaded())
+        return self._found if isinstance(self._found, str) else None
+
+    def use(self, found: ctypes.CDLL | str) -> None:
+        """Take a library, or why there is none."""
+        if not isinstance(found, str):
+            for name, (arguments, returned) in self._functions.items():
+                function = getattr(found, name)
+                function.argtypes, function.restype = list(arguments), returned
+        self._found = found
+
+    def __getattr__(self, name: str) -> Any:
+        """One of its functions; raises RuntimeError where it does not run."""
+        if name.startswith("_") or name not in self._functions:
+            raise AttributeError(name)
+        why = self.unavailable()
+        if why is not None:
+            raise RuntimeError(f"{self.path.name} does not run here: {why}")
+        return getattr(self._found, name)
+
+    def _loaded(self) -> ctypes.CDLL | str:
+        """The library, kept where recast keeps things; or why there is none."""
+        reason = why_not()
+        if reason is not None:
+            return reason
+        folder = cache_directory()
+        try:
+            return load_library(self.path, None if folder is None else folder / "native")
+        except OSError as error:
+            return str(error)
 
 
 def load_library(source: Path, folder: Path | None) -> ctypes.CDLL:

@@ -1,7 +1,7 @@
 /* softmax(scale q kᵀ + mask) v on a CPU, for keys that fit into a core's second cache.
 
    A thread takes one head of one sequence: its keys are laid out with one feature of all keys side by side, its values as they
-   are, both in float32. Eight queries at a time go through the whole of it: scores of four queries and four vectors of keys are
+   are, both in float32 (bfloat16 in pairs, where the processor multiplies such). Eight queries at a time go through the whole of it: scores of four queries and four vectors of keys are
    sums in registers, softmax is taken where they lie in the first cache, and so is the product with the values. Nothing of the
    size queries x keys is ever written to memory. */
 #include <stdlib.h>
@@ -87,13 +87,82 @@ static void multiply_values(const float *weights, const float *values, float *ou
     }
 }
 
-/* Softmax of a row in place, but for the division: returns what to divide by. */
-static __attribute__((noinline)) float softmax(float *scores, const float *bias, int64_t length) {
+#if LANES == 16 && defined(__AVX512BF16__)
+#define PAIRS 1
+/* Where the processor multiplies pairs of bfloat16 and adds both products to a float32: twice as many in the same time. Pairs are of
+   features for scores, and of keys for what is made of the values. In assembly and without arrays: gcc 12 would keep the sums in
+   memory. */
+#define ADD_PAIR(sum, one, many) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(one), "v"(many))
+#define SPREAD(pair) ((uvec){0} + (pair))
+
+/* As multiply_keys, of pairs of features: q is (pairs, ROWS), keys are (pairs, length). */
+static __attribute__((noinline)) void multiply_key_pairs(const uint32_t *q, const uint32_t *keys, float *scores, int64_t pairs,
+                                                         int64_t length) {
+    for (int64_t at = 0; at < length; at += 4 * LANES) {
+#define BEGIN(I) vec sum##I##0 = {0}, sum##I##1 = {0}, sum##I##2 = {0}, sum##I##3 = {0};
+#define ADD(I)                                                                                              \
+    {                                                                                                       \
+        const uvec one = SPREAD(q[p * ROWS + I]);                                                           \
+        ADD_PAIR(sum##I##0, one, key0); ADD_PAIR(sum##I##1, one, key1);                                     \
+        ADD_PAIR(sum##I##2, one, key2); ADD_PAIR(sum##I##3, one, key3);                                     \
+    }
+#define END(I)                                                                                              \
+    {                                                                                                       \
+        float *to = scores + at / LANES * STRETCH + I * LANES;                                              \
+        *(vec *)to = sum##I##0; *(vec *)(to + STRETCH) = sum##I##1;                                         \
+        *(vec *)(to + 2 * STRETCH) = sum##I##2; *(vec *)(to + 3 * STRETCH) = sum##I##3;                     \
+    }
+        BEGIN(0) BEGIN(1) BEGIN(2) BEGIN(3)
+        for (int64_t p = 0; p < pairs; p++) {
+            const uvec *here = (const uvec *)(keys + p * length + at);
+            const uvec key0 = here[0], key1 = here[1], key2 = here[2], key3 = here[3];
+            ADD(0) ADD(1) ADD(2) ADD(3)
+        }
+        END(0) END(1) END(2) END(3)
+#undef BEGIN
+#undef ADD
+#undef END
+    }
+}
+
+/* As multiply_values_2, of pairs of keys: weights are bfloat16 in stretches of LANES keys, values (pairs, width). */
+static __attribute__((noinline)) void multiply_value_pairs(const uint32_t *weights, const uint32_t *values, float *out, int64_t pairs,
+                                                           int64_t width, int both) {
+#define BEGIN(I) vec sum##I##0 = {0}, sum##I##1 = {0};
+#define ADD(I)                                                                                              \
+    {                                                                                                       \
+        const uvec one = SPREAD(here[I * (LANES / 2)]);                                                     \
+        ADD_PAIR(sum##I##0, one, value0); ADD_PAIR(sum##I##1, one, value1);                                 \
+    }
+#define END(I)                                                                                              \
+    *(vec *)(out + I * width) = sum##I##0;                                                                  \
+    if (both) *(vec *)(out + I * width + LANES) = sum##I##1;
+    BEGIN(0) BEGIN(1) BEGIN(2) BEGIN(3) BEGIN(4) BEGIN(5) BEGIN(6) BEGIN(7)
+    for (int64_t p = 0; p < pairs; p++) {
+        const uint32_t *here = weights + p / (LANES / 2) * (STRETCH / 2) + p % (LANES / 2);
+        const uvec value0 = *(const uvec *)(values + p * width), value1 = both ? *(const uvec *)(values + p * width + LANES) : value0;
+        ADD(0) ADD(1) ADD(2) ADD(3) ADD(4) ADD(5) ADD(6) ADD(7)
+    }
+    END(0) END(1) END(2) END(3) END(4) END(5) END(6) END(7)
+#undef BEGIN
+#undef ADD
+#undef END
+}
+
+INLINE uint32_t pair_at(const uint16_t *from, int64_t d, int64_t depth) {
+    return from[d] | (d + 1 < depth ? (uint32_t)from[d + 1] << 16 : 0);
+}
+#else
+#define PAIRS 0
+#endif
+
+/* Softmax of a row in place, but for the division: returns what to divide by. To bfloat16 in the front half of the place, if asked. */
+static __attribute__((noinline)) float softmax(float *scores, const float *bias, int64_t length, float scale, uint16_t *halves) {
     vec top = {0};
     top -= INFINITY;
     for (int64_t at = 0; at < length; at += LANES) {
         vec *own = (vec *)(scores + at * ROWS);
-        *own += *(const vec *)(bias + at);
+        *own = *own * scale + *(const vec *)(bias + at);
         top = larger(*own, top);
     }
     float most = largest(top);
@@ -101,8 +170,12 @@ static __attribute__((noinline)) float softmax(float *scores, const float *bias,
     vec sums = {0};
     for (int64_t at = 0; at < length; at += LANES) {
         vec *own = (vec *)(scores + at * ROWS);
-        *own = exponential(*own - most);
-        sums += *own;
+        const vec weight = exponential(*own - most);
+        sums += weight;
+        if (halves)
+            *(half_vec *)(halves + at * ROWS) = narrowed(weight);
+        else
+            *own = weight;
     }
     return total(sums);
 }
@@ -133,43 +206,103 @@ static void read_mask(const struct attention *given, float *bias, int64_t b, int
     for (int64_t s = seen; s < length; s++) bias[s] = -INFINITY;
 }
 
-static void one_head(const struct attention *given, int64_t b, int64_t h, float *place) {
-    const int64_t depth = given->depth, keys = given->keys, g = h / given->groups;
-    const int64_t length = rounded_up(keys, WIDE * LANES), width = rounded_up(given->width, LANES);
-    float *laid = place, *values = laid + depth * length, *scores = values + keys * width, *bias = scores + ROWS * length;
-    memset(scores, 0, 4 * ROWS * length); /* queries past the last one are none, but numbers */
-    float *q = bias + length, *out = q + ROWS * depth, *row = out + ROWS * width;
+/* What a thread works on one head with. */
+struct place {
+    float *laid, *values, *scores, *bias, *q, *out, *row;
+    uint16_t *halves;
+};
+
+static void lay_out(const struct attention *given, const struct place *own, int64_t b, int64_t g, int64_t length, int64_t width) {
+    const int64_t depth = given->depth, keys = given->keys;
     const int64_t key = b * given->k_strides[0] + g * given->k_strides[1], value = b * given->v_strides[0] + g * given->v_strides[1];
+#if PAIRS
+    if (given->half) {
+        uint32_t *laid = (uint32_t *)own->laid, *values = (uint32_t *)own->values;
+        memset(laid, 0, 4 * (depth + 1) / 2 * length);
+        for (int64_t s = 0; s < keys; s++) {
+            const uint16_t *from = (const uint16_t *)given->k + key + s * given->k_strides[2];
+            for (int64_t d = 0; d < depth; d += 2) laid[d / 2 * length + s] = pair_at(from, d, depth);
+        }
+        for (int64_t s = 0; s < keys; s += 2) {
+            const uint16_t *first = (const uint16_t *)given->v + value + s * given->v_strides[2];
+            const uint16_t *second = first + given->v_strides[2];
+            uint32_t *to = values + s / 2 * width;
+            if (s + 1 < keys)
+                for (int64_t d = 0; d < given->width; d++) to[d] = first[d] | (uint32_t)second[d] << 16;
+            else
+                for (int64_t d = 0; d < given->width; d++) to[d] = first[d];
+            for (int64_t d = given->width; d < width; d++) to[d] = 0;
+        }
+        return;
+    }
+#endif
     for (int64_t s = 0; s < keys; s++) {
-        read_row(row, given->k, key + s * given->k_strides[2], depth, given->half, 1.f);
-        for (int64_t d = 0; d < depth; d++) laid[d * length + s] = row[d];
-        read_row(values + s * width, given->v, value + s * given->v_strides[2], given->width, given->half, 1.f);
-        for (int64_t d = given->width; d < width; d++) values[s * width + d] = 0;
+        float *to = own->values + s * width;
+        read_row(own->row, given->k, key + s * given->k_strides[2], depth, given->half, 1.f);
+        for (int64_t d = 0; d < depth; d++) own->laid[d * length + s] = own->row[d];
+        read_row(to, given->v, value + s * given->v_strides[2], given->width, given->half, 1.f);
+        for (int64_t d = given->width; d < width; d++) to[d] = 0;
     }
     for (int64_t d = 0; d < depth; d++)
-        for (int64_t s = keys; s < length; s++) laid[d * length + s] = 0;
+        for (int64_t s = keys; s < length; s++) own->laid[d * length + s] = 0;
+}
+
+static void score(const struct attention *given, const struct place *own, int64_t query, int64_t rows, int64_t length) {
+    const int64_t depth = given->depth;
+    if (rows < ROWS) memset(own->q, 0, 4 * ROWS * depth);
+#if PAIRS
+    if (given->half) {
+        uint32_t *q = (uint32_t *)own->q;
+        for (int64_t i = 0; i < rows; i++) {
+            const uint16_t *from = (const uint16_t *)given->q + query + i * given->q_strides[2];
+            for (int64_t d = 0; d < depth; d += 2) q[d / 2 * ROWS + i] = pair_at(from, d, depth);
+        }
+        for (int64_t i = 0; i < rows; i += SCORED)
+            multiply_key_pairs(q + i, (const uint32_t *)own->laid, own->scores + i * LANES, (depth + 1) / 2, length);
+        return;
+    }
+#endif
+    for (int64_t i = 0; i < rows; i++) {
+        read_row(own->row, given->q, query + i * given->q_strides[2], depth, given->half, 1.f);
+        for (int64_t d = 0; d < depth; d++) own->q[d * ROWS + i] = own->row[d];
+    }
+    for (int64_t i = 0; i < rows; i += SCORED) multiply_keys(own->q + i, own->laid, own->scores + i * LANES, depth, length);
+}
+
+static void mix(const struct attention *given, const struct place *own, int64_t width) {
+#if PAIRS
+    if (given->half) {
+        for (int64_t at = 0; at < width; at += 2 * LANES)
+            multiply_value_pairs((const uint32_t *)own->halves, (const uint32_t *)own->values + at, own->out + at,
+                                 (given->keys + 1) / 2, width, width - at >= 2 * LANES);
+        return;
+    }
+#endif
+    multiply_values(own->scores, own->values, own->out, given->keys, width);
+}
+
+static void one_head(const struct attention *given, int64_t b, int64_t h, const struct place *own) {
+    const int64_t length = rounded_up(given->keys, WIDE * LANES), width = rounded_up(given->width, LANES);
+    uint16_t *halves = PAIRS && given->half ? own->halves : NULL;
+    lay_out(given, own, b, h / given->groups, length, width);
+    memset(own->scores, 0, 4 * ROWS * length); /* queries past the last one are none, but numbers */
+    memset(own->halves, 0, 2 * ROWS * length);
     const int same = !given->causal && (given->mask_kind == NONE || given->mask_strides[2] == 0);
-    if (same) read_mask(given, bias, b, h, 0, length);
+    if (same) read_mask(given, own->bias, b, h, 0, length);
     for (int64_t first = 0; first < given->queries; first += ROWS) {
         const int64_t rows = given->queries - first < ROWS ? given->queries - first : ROWS;
-        if (rows < ROWS) memset(q, 0, 4 * ROWS * depth);
-        const int64_t query = b * given->q_strides[0] + h * given->q_strides[1];
-        for (int64_t i = 0; i < rows; i++) {
-            read_row(row, given->q, query + (first + i) * given->q_strides[2], depth, given->half, given->scale);
-            for (int64_t d = 0; d < depth; d++) q[d * ROWS + i] = row[d];
-        }
-        for (int64_t i = 0; i < rows; i += SCORED) multiply_keys(q + i, laid, scores + i * LANES, depth, length);
+        score(given, own, b * given->q_strides[0] + h * given->q_strides[1] + first * given->q_strides[2], rows, length);
         float sums[ROWS] = {0};
         for (int64_t i = 0; i < rows; i++) {
-            if (!same) read_mask(given, bias, b, h, first + i, length);
-            sums[i] = softmax(scores + i * LANES, bias, length);
+            if (!same) read_mask(given, own->bias, b, h, first + i, length);
+            sums[i] = softmax(own->scores + i * LANES, own->bias, length, given->scale, halves ? halves + i * LANES : NULL);
         }
-        multiply_values(scores, values, out, keys, width);
+        mix(given, own, width);
         for (int64_t i = 0; i < rows; i++) {
             const int64_t at = b * given->out_strides[0] + h * given->out_strides[1] + (first + i) * given->out_strides[2];
             const float share = sums[i] == 0 ? 0 : 1 / sums[i];
             for (int64_t d = 0; d < given->width; d += LANES) {
-                const vec found = *(const vec *)(out + i * width + d) * share;
+                const vec found = *(const vec *)(own->out + i * width + d) * share;
                 const int64_t some = given->width - d;
                 if (some >= LANES)
                     write_all(given->out, at + d, given->half, found);
@@ -183,7 +316,10 @@ static void one_head(const struct attention *given, int64_t b, int64_t h, float 
 /* Returns 0, or 1 where memory was not to be had. */
 int attention(const struct attention *given) {
     const int64_t length = rounded_up(given->keys, WIDE * LANES), width = rounded_up(given->width, LANES);
-    const int64_t size = given->depth * length + given->keys * width + ROWS * (length + given->depth + width) + length + given->depth;
+    const int64_t depth = rounded_up(given->depth, LANES);
+    const int64_t sizes[] = {depth * length, given->keys * width, ROWS * length, length, ROWS * depth, ROWS * width, depth, ROWS * length};
+    int64_t size = 0;
+    for (int i = 0; i < 8; i++) size += sizes[i];
     int failed = 0;
 #pragma omp parallel num_threads(given->threads)
     {
@@ -192,9 +328,14 @@ int attention(const struct attention *given) {
 #pragma omp atomic write
             failed = 1;
         }
+        struct place own;
+        float **parts[] = {&own.laid, &own.values, &own.scores, &own.bias, &own.q, &own.out, &own.row};
+        float *next = place;
+        for (int i = 0; i < 7; next += sizes[i++]) *parts[i] = next;
+        own.halves = (uint16_t *)next;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < given->batch * given->heads; task++)
-            if (place != NULL) one_head(given, task / given->heads, task % given->heads, place);
+            if (place != NULL) one_head(given, task / given->heads, task % given->heads, &own);
         free(place);
     }
     return failed;

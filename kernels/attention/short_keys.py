@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from recast.kernels.native import library_of
+from recast.kernels.native import Source
 
 __all__ = ["fits", "short_keys", "unavailable"]
 
@@ -29,25 +27,8 @@ class _Attention(ctypes.Structure):
     ]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The compiled source, or why there is none."""
-    library = library_of(Path(__file__).with_suffix(".c"))
-    if not isinstance(library, str):
-        library.attention.argtypes, library.attention.restype = [ctypes.POINTER(_Attention)], ctypes.c_int
-    return library
-
-
-def unavailable() -> str | None:
-    """Say why this kernel does not run here; None where it does.
-
-    Examples
-    --------
-    >>> unavailable() is None or isinstance(unavailable(), str)
-    True
-    """
-    found = _library()
-    return found if isinstance(found, str) else None
+_SOURCE = Source(__file__, {"attention": ([ctypes.POINTER(_Attention)], ctypes.c_int)})
+unavailable = _SOURCE.unavailable  # why it does not run here, or None
 
 
 def fits(keys: int, depth: int, width: int) -> bool:
@@ -62,7 +43,9 @@ def fits(keys: int, depth: int, width: int) -> bool:
 
 
 def short_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """Compute ``softmax(scale q kᵀ + mask) v`` in float32, a head of a sequence at a time.
+    """Compute ``softmax(scale q kᵀ + mask) v``, adding up in float32, a head of a sequence at a time.
+
+    With AVX512-BF16 the weights of bfloat16 operands are rounded to bfloat16 before they meet the values, as torch's are.
 
     Parameters
     ----------
@@ -86,9 +69,6 @@ def short_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: boo
     MemoryError
         There was none for a thread's keys.
     """
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(f"the kernel for attention does not run here: {library}")
     (batch, heads, queries, depth), (groups, keys) = q.shape, k.shape[1:3]
     out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
     if not out.numel():
@@ -109,7 +89,7 @@ def short_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: boo
         scale,
         *(0 if mask is None else _KINDS[mask.dtype], causal, q.dtype == torch.bfloat16, torch.get_num_threads()),
     )
-    if library.attention(given):
+    if _SOURCE.attention(given):
         raise MemoryError(
             f"attention: no memory for the keys and values of a head, {keys} x {depth + v.shape[3]} numbers"
         )

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from recast.kernels.epilogue.reference import ACTIVATIONS
-from recast.kernels.native import library_of
+from recast.kernels.native import Source
 
 __all__ = ["OUTPUTS", "held_features", "multiply", "round_rows", "to_lanes", "unavailable"]
 
@@ -43,25 +41,8 @@ class _Product(ctypes.Structure):
     ]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The compiled source, or why there is none."""
-    library = library_of(Path(__file__).with_suffix(".c"))
-    if not isinstance(library, str):
-        library.rounded_rows.argtypes, library.rounded_rows.restype = [ctypes.POINTER(_Product)], ctypes.c_int
-    return library
-
-
-def unavailable() -> str | None:
-    """Say why this kernel does not run here; None where it does.
-
-    Examples
-    --------
-    >>> unavailable() is None or isinstance(unavailable(), str)
-    True
-    """
-    found = _library()
-    return found if isinstance(found, str) else None
+_SOURCE = Source(__file__, {"rounded_rows": ([ctypes.POINTER(_Product)], ctypes.c_int)})
+unavailable = _SOURCE.unavailable  # why it does not run here, or None
 
 
 def held_features(features: int) -> int:
@@ -89,11 +70,8 @@ def to_lanes(values: Tensor) -> Tensor:
 
 
 def _call(**given: Tensor | int | bool | None) -> None:
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(f"the kernel for rounded vectors does not run here: {library}")
     held = {name: value.data_ptr() if isinstance(value, Tensor) else value or 0 for name, value in given.items()}
-    if library.rounded_rows(_Product(threads=torch.get_num_threads(), **held)):
+    if _SOURCE.rounded_rows(_Product(threads=torch.get_num_threads(), **held)):
         raise MemoryError("rounded rows: no memory for rows that wait to be rounded")
 
 

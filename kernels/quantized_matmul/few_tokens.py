@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from recast.kernels.native import library_of
+from recast.kernels.native import Source
 from recast.kernels.quantized_matmul.blocks import BLOCK
 
 __all__ = ["few_tokens", "unavailable", "write_out"]
@@ -23,27 +21,14 @@ class _Product(ctypes.Structure):
     ]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The compiled source, or why there is none."""
-    library = library_of(Path(__file__).with_suffix(".c"))
-    if not isinstance(library, str):
-        library.few_tokens.argtypes = [ctypes.POINTER(_Product)]
-        library.write_out.argtypes = [ctypes.POINTER(_Product), ctypes.c_void_p, *[ctypes.c_int64] * 3]
-        library.few_tokens.restype = library.write_out.restype = None
-    return library
-
-
-def unavailable() -> str | None:
-    """Say why these kernels do not run here; None where they do.
-
-    Examples
-    --------
-    >>> unavailable() is None or isinstance(unavailable(), str)
-    True
-    """
-    found = _library()
-    return found if isinstance(found, str) else None
+_SOURCE = Source(
+    __file__,
+    {
+        "few_tokens": ([ctypes.POINTER(_Product)], None),
+        "write_out": ([ctypes.POINTER(_Product), ctypes.c_void_p, *[ctypes.c_int64] * 3], None),
+    },
+)
+unavailable = _SOURCE.unavailable  # why it does not run here, or None
 
 
 def few_tokens(
@@ -77,7 +62,7 @@ def few_tokens(
     x = torch.nn.functional.pad(x, (0, width - features)) if features < width else x.contiguous()
     sums = x.new_empty((tokens, scale.shape[1]))
     product.x, product.sums, product.out, product.tokens = x.data_ptr(), sums.data_ptr(), out.data_ptr(), tokens
-    _called().few_tokens(product)
+    _SOURCE.few_tokens(product)
     del kept
     return out
 
@@ -88,16 +73,9 @@ def write_out(
     """Write rows of such a weight out: float32 (len(rows), features)."""
     product, kept = _product(codes, scale, zero, table, bits)
     out = scale.new_empty((len(rows), features))
-    _called().write_out(product, out.data_ptr(), rows.start, rows.stop, features)
+    _SOURCE.write_out(product, out.data_ptr(), rows.start, rows.stop, features)
     del kept
     return out
-
-
-def _called() -> ctypes.CDLL:
-    found = _library()
-    if isinstance(found, str):
-        raise RuntimeError(f"the kernels for few tokens do not run here: {found}")
-    return found
 
 
 def _product(

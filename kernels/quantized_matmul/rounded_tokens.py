@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from recast.kernels.native import library_of
+from recast.kernels.native import Source
 from recast.kernels.quantized_matmul.blocks import BLOCK
 
 __all__ = ["reference", "rounded_tokens", "unavailable"]
@@ -23,25 +21,8 @@ class _Product(ctypes.Structure):
     ]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The compiled source, or why there is none."""
-    library = library_of(Path(__file__).with_suffix(".c"))
-    if not isinstance(library, str):
-        library.rounded_tokens.argtypes, library.rounded_tokens.restype = [ctypes.POINTER(_Product)], None
-    return library
-
-
-def unavailable() -> str | None:
-    """Say why this kernel does not run here; None where it does.
-
-    Examples
-    --------
-    >>> unavailable() is None or isinstance(unavailable(), str)
-    True
-    """
-    found = _library()
-    return found if isinstance(found, str) else None
+_SOURCE = Source(__file__, {"rounded_tokens": ([ctypes.POINTER(_Product)], None)})
+unavailable = _SOURCE.unavailable  # why it does not run here, or None
 
 
 def rounded_tokens(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int) -> Tensor:
@@ -62,9 +43,6 @@ def rounded_tokens(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None,
     -------
     float32 (tokens, m).
     """
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(f"the kernel for rounded tokens does not run here: {library}")
     (tokens, features), (rows, groups) = x.shape, scale.shape
     out = x.new_empty((tokens, rows))
     if not out.numel():
@@ -76,7 +54,7 @@ def rounded_tokens(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None,
     sums = torch.empty_like(step, dtype=torch.int32)
     middle = scale.new_full((1,), 2.0 ** (bits - 1)) if zero is None else zero
     held = (x, rounded, step, sums, codes, scale, middle, out)
-    library.rounded_tokens(
+    _SOURCE.rounded_tokens(
         _Product(
             *(tensor.data_ptr() for tensor in held),
             *(tokens, rows, blocks, groups, bits, zero is not None, torch.get_num_threads(), 0),

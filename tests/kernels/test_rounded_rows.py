@@ -153,9 +153,8 @@ def test_half_as_wide_instructions(tmp_path, monkeypatch):
     from recast.kernels import native
 
     monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-mavxvnni", "-mno-avx512f"))
-    library = load_library(Path(rounded_rows.__file__).with_suffix(".c"), tmp_path)
-    library.rounded_rows.argtypes = [rounded_rows.ctypes.POINTER(rounded_rows._Product)]
-    monkeypatch.setattr(rounded_rows, "_library", lambda: library)
+    monkeypatch.setattr(rounded_rows._SOURCE, "_found", None)
+    rounded_rows._SOURCE.use(load_library(Path(rounded_rows.__file__).with_suffix(".c"), tmp_path))
     for shape in SHAPES:
         test_products(shape)
     test_codes(577, torch.bfloat16)
