@@ -54,6 +54,7 @@ def contestants(weight: Tensor) -> Iterator[Contestant]:
         yield _of_recast(text, weight)
         if text.startswith("int"):
             yield _of_recast(text, weight, rounded=True)
+    yield from _with_rounded_inputs(weight)
 
 
 def _copies(parts: Any, nbytes: int, clone: Callable[[Any], Any]) -> list[Any]:
@@ -123,6 +124,18 @@ def _of_onnx_runtime(weight: Tensor) -> Iterator[Contestant]:
         yield Contestant(
             f"ONNX Runtime int4 g128, {said}", _copies(make(None), packed.nbytes, make), run, packed.nbytes
         )
+
+
+def _with_rounded_inputs(weight: Tensor) -> Iterator[Contestant]:
+    """``int8(activations=true)`` as it runs on this CPU, if there is a kernel for it."""
+    from recast.lowering.inductor.rounded import KERNEL, rounded_product
+
+    operator = Form.parse("int8(activations=true)").fit(weight)
+    packed = rounded_product(operator)
+    if packed is not None:
+        nbytes = sum(tensor.nbytes for tensor in packed.held.values())
+        copies = _copies(packed.held, nbytes, lambda held: {name: tensor.clone() for name, tensor in held.items()})
+        yield Contestant(f"recast int8(activations=true), {KERNEL}", copies, packed.run, nbytes)
 
 
 def _of_recast(text: str, weight: Tensor, *, rounded: bool = False) -> Contestant:

@@ -198,7 +198,7 @@ def _replace(program: Program, node: fx.Node, operator: Quantized, held: dict[st
             parts.append(codes - rest * 2**operator.bits)
             codes = rest
         codes = torch.stack(parts, -1).reshape(*sizes, group)
-        offset = 2.0 ** (operator.bits - 1)
+        offset: Tensor | float = 2.0 ** (operator.bits - 1)
         if zero:
             offset = torch.index_select(zero[0], 0, numbers).reshape(*sizes, 1).to(torch.float32)
         steps = torch.index_select(scale, 0, numbers).to(torch.float32).reshape(*sizes, 1)

@@ -53,9 +53,11 @@ def pseudo_inverse(gram: Tensor) -> Tensor:
         inverse = torch.cholesky_inverse(lower)
         if float(inverse.norm()) * float(gram.double().norm()) * CUTOFF < 1:  # false for infinities and NaN
             return inverse
+    del lower
     values, vectors = torch.linalg.eigh(gram.double())
     keep = values > CUTOFF * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    found: Tensor = (vectors * torch.where(keep, 1 / torch.where(keep, values, 1), 0)) @ vectors.T
+    vectors.mul_(torch.where(keep, torch.where(keep, values, 1).rsqrt(), 0))
+    found: Tensor = vectors @ vectors.T
     return found
 
 
@@ -366,7 +368,7 @@ def gram_root(gram: Tensor) -> Tensor:
     held: Tensor | None = _ROOTS.get(gram)  # type: ignore[no-untyped-call]
     if held is None:
         scales, directions = torch.linalg.eigh(gram.double())
-        held = _ROOTS[gram] = directions * scales.clamp_min(0).sqrt()
+        held = _ROOTS[gram] = directions.mul_(scales.clamp_min(0).sqrt())
     return held
 
 
