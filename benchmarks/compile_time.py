@@ -26,6 +26,7 @@ from rich.table import Table
 
 from benchmarks.harness import machine_facts
 from recast.lowering.inductor.compile import compile_graph
+from recast.lowering.inductor.kernels import choice
 from recast.passes.cache import OperatorCache
 from recast.passes.plan import plan
 from recast.passes.rewrite import rewrite
@@ -82,7 +83,9 @@ def measure(layers: int, *, inductor: bool) -> dict[str, Any]:
         if not inductor:
             return gm.forward
         kept = [inputs[position] for position in captured.kept]
-        compiled, _ = timed("inductor", lambda: compile_graph(rewritten, kept, freezing=False, options={}))
+        compiled, _ = timed(
+            "inductor", lambda: compile_graph(rewritten, kept, choice(frozen=False), freezing=False, options={})
+        )
         return lambda *args: compiled(*[args[position] for position in captured.kept])
 
     torch._dynamo.reset()

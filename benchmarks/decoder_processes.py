@@ -111,10 +111,11 @@ def row_of(
     if onnx_file:
         held, read = weights_of(own)
     else:
-        read = dense_bytes(settings)
-        held = read + 4 * settings["vocabulary"] * settings["width"]
-        if WAYS.get(name, {}).get("dtype") == "bfloat16":
-            held, read = held // 2, read // 2
+        way = WAYS.get(name, {})
+        wide = 2 if way.get("dtype") == "bfloat16" else 4
+        # Of a backend's forms their bits count, and a scale of 32 bits in each group of 128.
+        read = int(dense_bytes(settings) * ((4 + 32 / 128) / 32 if "recast" in way else wide / 4))
+        held = read + wide * settings["vocabulary"] * settings["width"]
     cache, found = cache_bytes(settings), summary(samples)
     floor = (read + cache) / speed
     return {

@@ -23,6 +23,9 @@ _SMALL = "int4(group={}, clip=false)"
 WAYS: dict[str, Mapping[str, Any]] = {
     "torch.compile fp32": {"kind": "compile"},
     "torch.compile bf16": {"kind": "compile", "dtype": "bfloat16"},  # emulated, and slow, where the CPU has none
+    "recast inductor int4 group 128, bf16": {
+        "kind": "compile", "dtype": "bfloat16", "recast": {"recipe": _SMALL.format(128), "accuracy_level": 4, "release_dense": True},
+    },
     "genai int4 block 32": {"kind": "genai", "options": ("block_size=32", "accuracy_level=4")},
     "genai int4 block 128": {"kind": "genai", "options": ("block_size=128", "accuracy_level=4")},
     "genai int4 block 128, pruned head": {
@@ -103,7 +106,7 @@ def run(way: Mapping[str, Any], saved: Path, folder: Path, given: Mapping[str, i
     import numpy as np
 
     ids = np.random.default_rng(0).integers(2, given["vocabulary"] - 1, given["prompt"]).tolist()
-    kinds = {"recast": _recast, "genai": _genai, "compile": functools.partial(_compile, way.get("dtype", "float32"))}
+    kinds = {"recast": _recast, "genai": _genai, "compile": functools.partial(_compile, way)}
     ready = kinds[way["kind"]]
     generate, imported, load = ready(saved, folder, given["threads"])
     generate(ids, 2)
@@ -170,7 +173,7 @@ def _genai(saved: Path, folder: Path, threads: int) -> Any:
     return generate, imported, load
 
 
-def _compile(dtype: str, saved: Path, folder: Path, threads: int) -> Any:
+def _compile(way: Mapping[str, Any], saved: Path, folder: Path, threads: int) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -178,7 +181,9 @@ def _compile(dtype: str, saved: Path, folder: Path, threads: int) -> Any:
 
     torch.set_num_threads(threads)
     imported, begin = _memory("VmRSS"), time.perf_counter()
-    model = Torch(AutoModelForCausalLM.from_pretrained(saved, dtype=getattr(torch, dtype)).eval(), backend="inductor")
+    backend = {"backend": "recast", "options": dict(way["recast"])} if "recast" in way else {"backend": "inductor"}
+    dtype = getattr(torch, way.get("dtype", "float32"))
+    model = Torch(AutoModelForCausalLM.from_pretrained(saved, dtype=dtype).eval(), **backend)
     load = time.perf_counter() - begin
 
     def generate(ids: list[int], count: int) -> tuple[float, float]:

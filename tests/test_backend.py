@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import recast.backend
+from recast.lowering.inductor.weight_only import PACKED, ROUNDED
 from recast.passes.cache import OperatorCache
+from recast.patterns.errors import RecipeError
 from tests.helpers import assert_close
 
 
@@ -163,6 +165,19 @@ def test_unknown_options_name_the_nearest() -> None:
 def test_a_share_beyond_one_is_refused(share: object) -> None:
     with pytest.raises(recast.RecastError, match="a share from 0 to 1 would work"):
         recast.backend.Options.of({"min_coverage": share})
+
+
+@pytest.mark.parametrize(("level", "kernel"), [(0, PACKED), (4, ROUNDED)])
+def test_few_tokens_may_be_rounded(level: int, kernel: str) -> None:
+    options = {"recipe": "int4(group=32)", "accuracy_level": level}
+    model = nn.Linear(64, 48).eval()
+    compiled, x = torch.compile(model, backend="recast", options=options), torch.randn(2, 64)
+    with torch.no_grad():
+        gap = (compiled(x) - model(x)).norm() / model(x).norm()
+    assert [row.kernel for row in recast.backend.reports()[0].rows] == [kernel]
+    assert gap < 0.2
+    with pytest.raises(RecipeError, match=r"accuracy_level is 2; 0 \(exact\) or 4"):
+        recast.backend.Options.of({"accuracy_level": 2})
 
 
 def test_gradients_reach_the_input() -> None:

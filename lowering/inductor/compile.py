@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from recast.lowering.inductor.attention import with_own_attention
-from recast.lowering.inductor.kernels import INTEGER, choice
+from recast.lowering.inductor.kernels import INTEGER
 from recast.lowering.inductor.rounded import joined
 from recast.lowering.inline import Choose, inline_operators
 from recast.lowering.neighbours import fuse_neighbours
@@ -79,7 +79,7 @@ def compile_program(
 
 
 def compile_graph(
-    program: Program, inputs: Sequence[Any], *, freezing: bool, options: Mapping[str, Any]
+    program: Program, inputs: Sequence[Any], choose: Choose, *, freezing: bool, options: Mapping[str, Any]
 ) -> tuple[Callable[..., Any], dict[str, str]]:
     """Compile a rewritten dynamo graph; its weights are lifted to inputs, so that Inductor's caches stay valid.
 
@@ -91,7 +91,7 @@ def compile_graph(
     _import_inductor()
     from torch._inductor.compile_fx import compile_fx
 
-    flat, kernels = inlined(program, choice(frozen=False))
+    flat, kernels = inlined(program, choose)
     flat = with_own_attention(flat)
     settings = _settings(kernels, freezing, options)
     compiled: Any = compile_fx(flat.module, list(inputs), config_patches=settings or None)

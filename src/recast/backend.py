@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from recast.lowering.inductor.compile import compile_graph
+from recast.lowering.inductor.kernels import choice
 from recast.passes.cache import OperatorCache
 from recast.passes.calibrate import Calibration
 from recast.passes.modules.apply import is_module, names_of
@@ -52,6 +53,9 @@ class Options:
         changed afterwards.
     inductor
         Further Inductor options, as ``torch.compile(options=...)`` takes them.
+    keep_dense, accuracy_level
+        As for ``recast.lower(..., target="inductor")``: packed weights written out as well, for many tokens; and 4 for few tokens that
+        are rounded to bytes before they meet packed integers.
     """
 
     recipe: Any = "int8"
@@ -62,6 +66,8 @@ class Options:
     verify: bool = False
     freezing: bool = False
     inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
+    keep_dense: bool = False
+    accuracy_level: int = 0
 
     @staticmethod
     def of(given: dict[str, Any] | None) -> Options:
@@ -74,6 +80,10 @@ class Options:
         least: Any = options.min_coverage
         if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1:
             raise RecipeError(f"backend: min_coverage is {least!r}; a share from 0 to 1 would work")
+        if options.accuracy_level not in (0, 4):
+            raise RecipeError(
+                f"backend: accuracy_level is {options.accuracy_level!r}; 0 (exact) or 4 (int8 activations) would work"
+            )
         return options
 
 
@@ -133,7 +143,8 @@ def recast(
     with _LOCK, _disable_current_modes(), torch.no_grad():
         rewritten = _rewrite(captured.program, asked)
     kept = [example_inputs[position] for position in captured.kept]
-    compiled, kernels = compile_graph(rewritten, kept, freezing=asked.freezing, options=asked.inductor)
+    choose = choice(frozen=False, keep_dense=asked.keep_dense, rounded=asked.accuracy_level == 4)
+    compiled, kernels = compile_graph(rewritten, kept, choose, freezing=asked.freezing, options=asked.inductor)
     if asked.release_dense:
         _release(captured, rewritten)
     _REPORTS.append(rewritten.report.on("inductor", kernels))
