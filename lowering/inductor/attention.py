@@ -26,6 +26,7 @@ _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 # Fewest queries for which laying the keys out pays; below, torch's kernel reads each key once and so would ours.
 _LEAST = 16
 _KEYS = (64, 128, 256, 512, 1024)
+_SCORES, _HEADS = 1 << 20, 12  # of what is timed
 
 
 def with_own_attention(program: Program) -> Program:
@@ -89,13 +90,13 @@ def _most_keys(node: fx.Node) -> int:
 
 
 def _measured(dtype: torch.dtype, depth: int, width: int) -> int:
-    """Among numbers of keys, with as many queries and heads enough for all threads."""
+    """Among numbers of keys, with as many queries, and heads enough that it is the work and not the call that is timed."""
     keys = [many for many in _KEYS if short_keys.fits(many, depth, width)]
-    heads = 4 * torch.get_num_threads()
 
     def ways(length: int) -> tuple[Callable[[], object], Callable[[], object]]:
-        q, k = (torch.randn(1, length, heads, depth).to(dtype).transpose(1, 2) for _ in range(2))
-        v = torch.randn(1, length, heads, width).to(dtype).transpose(1, 2)
+        # As models have them: rows that are a power of two apart would meet in the same lines of a cache.
+        sizes = (-(-_SCORES // (_HEADS * length**2)), length, _HEADS)
+        q, k, v = (torch.randn(*sizes, size).to(dtype).transpose(1, 2) for size in (depth, depth, width))
 
         def run(most: int) -> Any:
             return attention(q, k, v, None, False, depth**-0.5, _LEAST, most)
