@@ -7,6 +7,9 @@
  * before they are stored is done there: nothing but x and y goes through memory. Weights are laid out so that one step of the
  * loop reads 256 bytes in a row: four inputs of each of 64 outputs. Where the result is to be rounded again for the next
  * product, rows stay in the core's cache until they are. */
+#if !(defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)) && !defined(__AVXVNNI__)
+#error "needs VNNI"
+#endif
 #include <immintrin.h>
 #include <stdlib.h>
 
@@ -20,15 +23,13 @@ typedef __m512i sums_of_lanes;
 #define SPREAD(four) _mm512_set1_epi32(four)
 #define LOADED(from) _mm512_loadu_si512(from)
 #define STORE(to, sums) _mm512_storeu_si512(to, sums)
-#elif defined(__AVXVNNI__)
+#else
 #define ROWS 3
 typedef __m256i sums_of_lanes;
 #define ADD_PRODUCTS(sums, bytes, weights) (sums) = _mm256_dpbusd_avx_epi32(sums, bytes, weights)
 #define SPREAD(four) _mm256_set1_epi32(four)
 #define LOADED(from) _mm256_loadu_si256((const __m256i *)(from))
 #define STORE(to, sums) _mm256_storeu_si256((__m256i *)(to), sums)
-#else
-#error "needs VNNI"
 #endif
 #define OUTPUTS 64                       /* whose weights lie together */
 #define PARTS (OUTPUTS / (4 * LANES))    /* of them, that are summed at once: four vectors */

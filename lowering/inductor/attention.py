@@ -81,6 +81,10 @@ def _most_keys(node: fx.Node) -> int:
         or any(t.requires_grad for t in masks)
         or any(not isinstance(size, int) for size in (query.shape[1], key.shape[1], query.shape[3], value.shape[3]))
         or not isinstance(given.get("scale") or 1.0, float)
+        or str(query.shape[0]) != str(key.shape[0])
+        or str(key.shape[:3]) != str(value.shape[:3])
+        or query.shape[1] % key.shape[1]
+        or (query.shape[1] != key.shape[1] and not given.get("enable_gqa"))
     ):
         return 0
     longest = key.shape[2]
