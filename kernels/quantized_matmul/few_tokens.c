@@ -161,11 +161,18 @@ void few_tokens(const product *p) {
   }
 }
 
-/* Rows `begin` to `end` of the weight as float32, each `width` numbers long; x, sums and out are not read. */
-void write_out(const product *p, float *out, int64_t begin, int64_t end, int64_t width) {
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+/* To bfloat16, to the nearest, ties to even; of numbers. */
+INLINE halves narrowed(floats v) {
+  const ints bits = (ints)v;
+  return __builtin_convertvector(((bits + 0x7fff + (bits >> 16 & 1)) >> 16) & 0xffff, halves);
+}
+
+/* Rows `begin` to `end` of the weight as float32, or bfloat16 if `half`, each `width` numbers long; x, sums and out are not read. */
+void write_out(const product *p, void *out, int64_t begin, int64_t end, int64_t width, int half) {
 #pragma omp parallel for num_threads(p->threads) schedule(static)
   for (int64_t r = begin; r < end; r++) {
-    float row[BLOCK];
     for (int64_t b = 0; b < p->blocks; b++) {
       const int64_t g = r * p->groups + b / (p->blocks / p->groups), at = b * BLOCK;
       const float scale = p->scale[g], less = p->looked_up ? 0 : scale * (p->zeros ? p->zero[g] : p->zero[0]);
@@ -185,9 +192,21 @@ void write_out(const product *p, float *out, int64_t begin, int64_t end, int64_t
         default: WRITTEN(8, 1);
       }
       for (int i = 0; i < VECTORS; i++) numbers[i] = scale * numbers[i] - less;
-      memcpy(row, numbers, sizeof row);
-      const int64_t left = width - at < BLOCK ? width - at : BLOCK;
-      if (left > 0) memcpy(out + (r - begin) * width + at, row, 4 * left); /* a last group may be a few blocks short */
+      const int64_t left = width - at, to = (r - begin) * width + at;
+      halves narrow[VECTORS];
+      if (half)
+        for (int i = 0; i < VECTORS; i++) narrow[i] = narrowed(numbers[i]);
+      if (left >= BLOCK) { /* apart: a copy of a number of bytes that is known late is slow */
+        if (half)
+          memcpy((uint16_t *)out + to, narrow, sizeof narrow);
+        else
+          memcpy((float *)out + to, numbers, sizeof numbers);
+      } else if (left > 0) { /* a last group may be a few blocks short */
+        if (half)
+          memcpy((uint16_t *)out + to, narrow, 2 * left);
+        else
+          memcpy((float *)out + to, numbers, 4 * left);
+      }
     }
   }
 }

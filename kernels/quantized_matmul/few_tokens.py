@@ -25,7 +25,7 @@ _SOURCE = Source(
     __file__,
     {
         "few_tokens": ([ctypes.POINTER(_Product)], None),
-        "write_out": ([ctypes.POINTER(_Product), ctypes.c_void_p, *[ctypes.c_int64] * 3], None),
+        "write_out": ([ctypes.POINTER(_Product), ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int], None),
     },
 )
 unavailable = _SOURCE.unavailable  # why it does not run here, or None
@@ -68,12 +68,20 @@ def few_tokens(
 
 
 def write_out(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, *, bits: int, features: int, rows: range
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    table: Tensor | None,
+    *,
+    bits: int,
+    features: int,
+    rows: range,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Write rows of such a weight out: float32 (len(rows), features)."""
+    """Write rows of such a weight out: (len(rows), features), in float32 or bfloat16."""
     product, kept = _product(codes, scale, zero, table, bits)
-    out = scale.new_empty((len(rows), features))
-    _SOURCE.write_out(product, out.data_ptr(), rows.start, rows.stop, features)
+    out = scale.new_empty((len(rows), features), dtype=dtype)
+    _SOURCE.write_out(product, out.data_ptr(), rows.start, rows.stop, features, dtype == torch.bfloat16)
     del kept
     return out
 

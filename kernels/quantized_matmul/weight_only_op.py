@@ -79,8 +79,10 @@ def _slabs(codes: Tensor, features: int) -> list[range]:
 def _many(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, bits: int) -> Tensor:
     y = x.new_empty((x.shape[0], codes.shape[0]))
     for rows in _slabs(codes, x.shape[1]):
-        weight = few_tokens.write_out(codes, scale, zero, table, bits=bits, features=x.shape[1], rows=rows)
-        torch.mm(x, weight.to(x.dtype).T, out=y[:, rows.start : rows.stop])
+        weight = few_tokens.write_out(
+            codes, scale, zero, table, bits=bits, features=x.shape[1], rows=rows, dtype=x.dtype
+        )
+        torch.mm(x, weight.T, out=y[:, rows.start : rows.stop])
     return y
 
 

@@ -163,6 +163,8 @@ def test_rows_written_out() -> None:
     assert scale is not None
     found = write_out(codes, scale, zero, table, bits=3, features=577, rows=range(11, 64))
     assert_close(found, wanted[11:64], terms=2)
+    halves = write_out(codes, scale, zero, table, bits=3, features=577, rows=range(11, 64), dtype=torch.bfloat16)
+    assert torch.equal(halves, found.bfloat16())
 
 
 @pytest.mark.parametrize("kind", ["middle", "zeros", "table"])
