@@ -80,7 +80,7 @@ def export(model: nn.Module, texts: Texts, path: Path, dynamo: bool = True) -> P
     if not path.exists():
         wanted: dict[str, Any] = {"dynamo": dynamo, "input_names": names, "output_names": ["embeddings"], **asked}
         with quiet():
-            torch.onnx.export(copy.deepcopy(model), texts.timed, path, **wanted)
+            torch.onnx.export(copy.deepcopy(model), texts.padded, path, **wanted)
     return path
 
 
