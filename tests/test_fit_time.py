@@ -60,7 +60,7 @@ def test_minutes_of_armor(rows: Any) -> None:
     from rich.console import Console
 
     measure = importlib.import_module("benchmarks.armor_time").measure
-    found = measure(64, 0.01, "adam@1e-3", Console(quiet=True))
+    found = measure(64, 0.01, "adam@1e-5", Console(quiet=True))
     assert found["steps"] > 3
     assert not found["ended"]
     assert 0 < found["left"] < 1

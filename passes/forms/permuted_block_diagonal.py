@@ -81,6 +81,7 @@ class PermutedBlockDiagonal(NamedForm):
         given = tuple(torch.arange(size, device=weight.device) * self.blocks // size for size in weight.shape)
         starts = [given, *([_spectral(power, self.blocks)] if self.blocks > 1 else [])]
         found = [_improved(power, rows, columns, self.blocks) for rows, columns in starts]
+        del power
         made = [self._operator(weight, gram, rows, columns) for rows, columns in found]
         if gram is not None:  # what the blocks take over from other inputs may favour the order as it is
             made.append(self._operator(weight, gram, *given))

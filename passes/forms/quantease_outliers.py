@@ -191,7 +191,7 @@ def alternate(
     target, beside, codes = weight.T.contiguous(), taken.T.contiguous(), rounded.T.contiguous().clone()
 
     def error() -> float:
-        return float(row_errors((target - codes - beside).T, g).sum())
+        return float(row_errors((target - codes - beside).T, gram).sum())
 
     best, least, since = (codes.clone(), beside), error(), 0
     for number in range(iterations):

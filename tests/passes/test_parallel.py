@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,15 @@ def test_the_first_failure_in_order_is_raised_and_the_rest_left_undone() -> None
         mapped(work, [0], jobs=0, label="work", progress=False)
 
 
-def test_an_interruption_ends_what_runs() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as Python begins with it, whatever others in this process made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_ends_what_runs(interruptible: None) -> None:
     begun, whole = threading.Barrier(3), []
 
     def slow(item: int) -> None:
