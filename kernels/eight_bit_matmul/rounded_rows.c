@@ -63,7 +63,7 @@ INLINE bytes to_bytes(ivec numbers) {
 
 INLINE bytes codes_of(vec x, float step, float zero) {
     const vec code = x / step; /* not times its inverse, which would round otherwise now and then */
-    /* Rounds to even; what is beyond 2^22 is whole and cut off. */
+    /* Rounds to even, which adding and taking away does up to 2^22; what is beyond all codes is cut off before. */
     const vec cut = smaller((vec){0} + 1024.f, larger((vec){0} - 1024.f, code));
     const vec whole = (cut + 12582912.f) - 12582912.f + zero;
     return to_bytes(__builtin_convertvector(smaller(larger(whole, (vec){0}), (vec){0} + 255.f), ivec));
@@ -223,7 +223,7 @@ static int64_t rows_of_a_task(const product *p, int64_t most) {
 /* Returns 0, or 1 where memory was not to be had. */
 int rounded_rows(const product *p) {
     const int64_t blocks = divided(p->outputs, OUTPUTS);
-    /* Rows that wait to be rounded lie in half a megabyte. */
+    /* Rows that wait to be rounded lie in a quarter of a megabyte. */
     const int64_t fit = p->y ? 96 : (1 << 16) / (p->outputs ? p->outputs : 1) / ROWS * ROWS;
     const int64_t rows = rows_of_a_task(p, fit < ROWS ? ROWS : fit > 96 ? 96 : fit), tiles = divided(p->tokens, rows);
     int64_t columns = 1;

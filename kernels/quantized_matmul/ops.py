@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from recast.kernels.quantized_matmul.reference import integer_matmul
 
-__all__ = ["int8_matmul", "largest_exact_code", "onednn_available", "takes_unsigned"]
+__all__ = ["has_vnni", "int8_matmul", "largest_exact_code", "onednn_available"]
 
 # Weights laid out for oneDNN, by the storage they came from. Entries of freed weights are dropped when others are added.
 _PACKED: dict[tuple[Any, ...], tuple[StorageWeakRef, int, Tensor, Tensor]] = {}
@@ -30,7 +30,7 @@ def int8_matmul(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     Parameters
     ----------
     codes
-        (tokens, n), of the activations: int8, or uint8 that are 128 more, which is what x86 multiplies.
+        (tokens, n) int8, of the activations.
     weight
         (m, n) int8.
     scale
@@ -53,14 +53,12 @@ def int8_matmul(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         return codes.new_empty((0, weight.shape[0]), dtype=torch.float32)
     if codes.device.type == "cpu" and onednn_available():
         packed, zeros = _packed(weight)
-        if codes.dtype == torch.int8 and takes_unsigned():
-            codes = codes.contiguous().view(torch.uint8) ^ 128  # 128 more
-        middle = 0 if codes.dtype == torch.int8 else 128
+        codes, middle = codes.contiguous(), 0
+        if _takes_unsigned():
+            codes, middle = codes.view(torch.uint8) ^ 128, 128  # 128 more
         return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
-            codes.contiguous(), 1.0, middle, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            codes, 1.0, middle, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-    if codes.dtype == torch.uint8:
-        codes = (codes ^ 128).view(torch.int8)
     return integer_matmul(codes, weight).to(torch.float32) * scale
 
 
@@ -92,7 +90,7 @@ def onednn_available() -> bool:
 
 
 @functools.cache
-def takes_unsigned() -> bool:
+def _takes_unsigned() -> bool:
     """Whether this CPU multiplies unsigned by signed bytes: of two signed ones oneDNN would then add up one by one.
 
     With VNNI and without AMX that takes five hundred times as long (torch 2.13).
@@ -108,12 +106,13 @@ def largest_exact_code() -> int:
     ``2 * 255 * 64 = 32640`` still fits, ``2 * 255 * 65`` does not.
     """
     capability = str(torch.backends.cpu.get_cpu_capability())
-    if "AMX" in capability or _has_vnni():
+    if "AMX" in capability or has_vnni():
         return 128
     return 128 if not capability.startswith(("AVX", "DEFAULT")) else 64
 
 
-def _has_vnni() -> bool:
+def has_vnni() -> bool:
+    """Whether this x86 CPU adds four products of bytes to 32 bits at once."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:

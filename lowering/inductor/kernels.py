@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from recast.kernels.quantized_matmul.ops import int8_matmul, largest_exact_code, takes_unsigned
+from recast.kernels.quantized_matmul.ops import int8_matmul, largest_exact_code
 from recast.lowering.dynamic_int8 import dynamic_int8
 from recast.lowering.inductor.rounded import rounded_product
 from recast.lowering.inductor.weight_only import weight_only
@@ -51,15 +51,7 @@ def _leaf(operator: Operator, keep_dense: bool = False, rounded: bool = False) -
     simple = operator.symmetric and operator.scale.shape[1] == 1
     if not simple or int(operator.values.to(torch.int32).abs().max()) > largest_exact_code():
         return plain(operator, SATURATES)
-    return rounded_product(operator) or dynamic_int8(operator, INTEGER, _product)
-
-
-def _product(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The product of codes, put where the CPU wants them as they are made."""
-    if takes_unsigned():
-        codes = (codes.to(torch.int16) + 128).to(torch.uint8)
-    y: Tensor = int8_matmul(codes, weight, scale)
-    return y
+    return rounded_product(operator) or dynamic_int8(operator, INTEGER, int8_matmul)
 
 
 def _frozen_leaf(operator: Operator, keep_dense: bool = False, rounded: bool = False) -> Packed | None:

@@ -25,12 +25,15 @@ __all__ = ["KERNEL", "joined", "rounded_product"]
 
 KERNEL = "recast int8 product (VNNI)"
 _OPS = torch.ops.recast
+_MOST = 2**31 // (255 * 128)  # products of two bytes that 32 bits hold the sum of, whatever they are
 
 
 def rounded_product(operator: Quantized) -> Packed | None:
     """Lay a symmetric weight with a scale for each row out; None where the kernel does not run."""
     tensors = operator.tensors().values()
     if rounded_rows.unavailable() is not None or any(tensor.device.type != "cpu" for tensor in tensors):
+        return None
+    if operator.shape[1] > _MOST:
         return None
     values, outputs, per_token = operator.values, operator.shape[0], operator.per_token
     extra = (0, -outputs % rounded_rows.OUTPUTS)

@@ -10,7 +10,9 @@ from recast.kernels.attention.reference import attention_weights, by_head
 from recast.lowering.inductor.compile import _import_inductor
 from tests.helpers import assert_close
 
-pytestmark = pytest.mark.skipif(short_keys.unavailable() is not None, reason=str(short_keys.unavailable()))
+
+def test_it_runs_here():
+    assert short_keys.unavailable() is None
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import recast
-from recast.kernels.attention import short_keys
-from recast.kernels.eight_bit_matmul import rounded_rows
+from recast.kernels.quantized_matmul.ops import has_vnni
 from recast.lowering.inductor import Inductor
 from recast.lowering.inductor.attention import with_own_attention
 from recast.passes.report import fidelity
@@ -50,7 +49,6 @@ def calls(program):
     return Counter(getattr(node.target, "_opname", "") for node in program.graph.nodes if node.op == "call_function")
 
 
-@pytest.mark.skipif(short_keys.unavailable() is not None, reason=str(short_keys.unavailable()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_our_attention(measured, dtype):
     model = Block().eval().to(dtype)
@@ -90,7 +88,7 @@ def test_what_our_attention_does_not_take(kind, measured, monkeypatch):
     assert with_own_attention(program) is program
 
 
-@pytest.mark.skipif(rounded_rows.unavailable() is not None, reason=str(rounded_rows.unavailable())[:200])
+@pytest.mark.skipif(not has_vnni(), reason="this processor has no VNNI")
 @pytest.mark.parametrize(
     "form", [f"int8(activations=true{more})" for more in ("", ", static=true", ", per_token=false")]
 )
